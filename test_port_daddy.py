@@ -1,0 +1,3789 @@
+"""The tests of Port Daddy, in the order of its rooms.
+
+    python -m pytest test_port_daddy.py                    everything
+    python -m pytest test_port_daddy.py -k pattern_4       one story, in its three forms
+    PORT_DADDY_SEED=1234 python -m pytest -k random        the same dice as a run that failed
+
+House rules. Nothing here is mocked: sockets are sockets and processes are processes. There are two ways to have a
+daemon, `server` (in this process, quick) and `spawned` (a real `python port_daddy.py serve`, which can be killed); a
+test that also asks for `clock` gets a `server` whose leases live on that clock, so that nobody sleeps through a lease.
+No port is fixed, no state is shared, no test needs another one to have run. We wait with `eventually`, for a fact and
+with a generous deadline; the only pauses are `settle`, 50 ms given to a thread on its way to sleep, and leaving one of
+those out can only make a test weaker, never red. What is tested is what was promised: bytes, names, statuses.
+"""
+
+import ast
+import base64
+import concurrent.futures
+import contextlib
+import hashlib
+import hmac
+import http.client
+import http.server
+import inspect
+import itertools
+import json
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import symtable
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+from typing import Any, Dict, NamedTuple
+
+import pytest
+
+MODULE = Path(__file__).resolve().parent / "port_daddy.py"
+sys.path.insert(0, str(MODULE.parent))
+
+import port_daddy  # noqa: E402  (the file beside us, not one that happens to be installed)
+from port_daddy import PortDaddy, PortDaddyError  # noqa: E402
+
+LINUX = sys.platform.startswith("linux")
+
+# =====================================================================================================================
+# 1. TITLE PAGE — the instruments that every test below plays on
+# =====================================================================================================================
+
+# ---- waiting --------------------------------------------------------------------------------------------------------
+
+
+def eventually(look, timeout=10.0):
+    """Look every 10 ms until something true is seen, and give it back; a deadline far beyond any honest delay."""
+    deadline = time.monotonic() + timeout
+    while True:
+        seen = look()
+        if seen:
+            return seen
+        assert time.monotonic() < deadline, f"still not true after {timeout} s: {inspect.getsource(look).strip()}"
+        time.sleep(0.01)
+
+
+def settle():
+    """Give a request that was just sent the time to be parked. If it was not, the test has only become easier."""
+    time.sleep(0.05)
+
+
+def in_background(function, *args, **options):
+    """Call it in a thread that cannot keep the process alive; `.result(timeout)` gives what it gave."""
+    future: Any = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(function(*args, **options))
+        except BaseException as problem:  # handed over to whoever asks for the result
+            future.set_exception(problem)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def read_line(stream, timeout=20.0):
+    """One line of a child's output, or a failure instead of a hang. Byte by byte: a buffer would hide from `select`
+    what it has already swallowed."""
+    deadline, line = time.monotonic() + timeout, b""
+    while not line.endswith(b"\n"):
+        ready, _, _ = select.select([stream], [], [], max(0, deadline - time.monotonic()))
+        assert ready, f"the child said no more than {line!r} in {timeout} s"
+        byte = os.read(stream.fileno(), 1)
+        if not byte:
+            break
+        line += byte
+    return line.decode()
+
+
+# ---- the wire -------------------------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: Dict[str, str]
+    body: Any
+
+    def __getitem__(self, field):  # answer["token"] reads better than answer.body["token"]
+        return self.body[field]
+
+
+def as_answer(response):
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    streams = headers.get("content-type", "").startswith("text/event-stream")  # which never ends
+    content = b"" if streams else response.read()
+    is_json = "json" in headers.get("content-type", "") and content
+    return Answer(response.status, headers, json.loads(content) if is_json else content)
+
+
+class Wire:
+    """Plain HTTP, one connection a request: what any program that is not our client would do."""
+
+    def __init__(self, port):
+        self.port = port
+
+    def __call__(self, method, path, body=None, headers=(), timeout=20):
+        content = None if body is None else json.dumps(body).encode()
+        sent = {"Content-Type": "application/json", **dict(headers)} if content is not None else dict(headers)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, content, sent)
+            return as_answer(connection.getresponse())
+        finally:
+            connection.close()
+
+    def get(self, path, **options):
+        return self("GET", path, **options)
+
+    def post(self, path, body=None, **options):
+        return self("POST", path, {} if body is None else body, **options)
+
+    def put(self, path, body=None, **options):
+        return self("PUT", path, {} if body is None else body, **options)
+
+    def delete(self, path, body=None, **options):
+        return self("DELETE", path, body, **options)
+
+
+class Line:
+    """One connection, bytes in and bytes out, for whatever `http.client` is too polite to send."""
+
+    def __init__(self, port, family="127.0.0.1"):
+        self.socket = socket.create_connection((family, port), timeout=10)
+        self.file = self.socket.makefile("rb")
+
+    def send(self, data):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused and closed while we still talk
+            self.socket.sendall(data)
+        return self
+
+    def reply(self):
+        """The next reply on this connection."""
+        head = self.file.readline()
+        assert head.startswith(b"HTTP/1.1 "), head
+        headers = {}
+        for line in iter(self.file.readline, b"\r\n"):
+            assert line.endswith(b"\r\n"), line
+            name, _, value = line.decode("latin-1").partition(":")
+            headers[name.lower()] = value.strip()
+        content = self.file.read(int(headers["content-length"]))
+        return Answer(int(head.split()[1]), headers, json.loads(content) if content else None)
+
+    def rest(self):
+        """Everything until the other side closes; a connection that stays open fails by its timeout."""
+        with contextlib.suppress(ConnectionResetError):  # closing with unread bytes is a reset, and still a close
+            return self.file.read()
+        return b""
+
+    def closes(self):
+        return self.rest() == b""
+
+    def close(self):
+        # The file shares the descriptor: without shutdown the other side would not learn of it.
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.file.close()
+        self.socket.close()
+
+
+class StreamEvent(NamedTuple):
+    kind: str
+    id: Any
+    data: Any
+
+
+class Stream:
+    """A reader of Server-Sent Events that knows nothing but their grammar."""
+
+    def __init__(self, port, path, headers=(), timeout=15):
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+        self.connection.request("GET", path, headers={"Accept": "text/event-stream", **dict(headers)})
+        self.response = self.connection.getresponse()
+        assert self.response.status == 200, self.response.read()
+        assert self.response.getheader("Content-Type").startswith("text/event-stream")
+
+    def next(self):
+        kind, ident, data = "message", None, []
+        while True:
+            line = self.response.readline()
+            assert line, "the stream ended"
+            line = line.rstrip(b"\r\n").decode()
+            if not line and data:
+                return StreamEvent(kind, ident, json.loads("\n".join(data)))
+            if not line:
+                kind, ident = "message", None
+            name, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            if name == "event":
+                kind = value
+            elif name == "id":
+                ident = int(value)
+            elif name == "data":
+                data.append(value)
+
+    def messages(self, count):
+        """The next so many messages, whatever else the stream says in between."""
+        found = []
+        while len(found) < count:
+            event = self.next()
+            if event.kind not in ("connected", "gap", "reset"):
+                found.append(event)
+        return found
+
+    def close(self):
+        self.response.close()
+        self.connection.close()
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+
+class FakeClock:
+    """A clock that moves when told. It starts where the real one stands, so that signatures and ages look natural."""
+
+    def __init__(self):
+        self.wall, self.awake, self.boot = port_daddy.Clock().now()
+        self.daemon = None
+
+    def now(self):
+        return port_daddy.Now(self.wall, self.awake, self.boot)
+
+    def advance(self, ms):
+        self.wall += ms
+        self.awake += ms
+        if self.daemon:
+            return self.daemon.tick(self.now())
+        return None
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+def environment(**more):
+    """Our own environment without what would point a child at somebody's daily daemon."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PORT_DADDY", "XDG_STATE"))}
+    return {**kept, "NO_COLOR": "1", "PYTHONUNBUFFERED": "1", **{name: str(value) for name, value in more.items()}}
+
+
+def end(process):
+    """Kill a child with everything in its process group, and close what connects us."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
+    for stream in (process.stdin, process.stdout, process.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.close()
+
+
+class Spawned:
+    """A real daemon in a process of its own, with its own folder: the one that can be killed."""
+
+    def __init__(self, home, **more):
+        self.home = Path(home)
+        self.more = more
+        self.errors = self.home.parent / f"{self.home.name}.stderr"
+        self.process = self.port = self.url = None
+
+    def environment(self, **more):
+        return environment(**{"PORT_DADDY_HOME": self.home, "PORT_DADDY_PORT": self.port or 0, **self.more, **more})
+
+    def start(self):
+        """Start it, on the same port when it had one, so that those who knew it find it again."""
+        with open(self.errors, "a") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(MODULE), "serve"], env=self.environment(), stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        line = read_line(self.process.stdout)
+        found = re.fullmatch(r"port-daddy (\S+) listening on (http://127\.0\.0\.1:(\d+))\n", line)
+        assert found, (line, self.errors.read_text())
+        self.url, self.port = found[2], int(found[3])
+        return self
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+    def terminate(self):
+        self.process.terminate()
+        return self.process.wait(10)
+
+    @property
+    def wire(self):
+        return Wire(self.port)
+
+
+class CommandLine:
+    """`python port_daddy.py …` as a real process, with the environment of one daemon or folder."""
+
+    def __init__(self, **more):
+        self.environment = environment(**more)
+        self.started = []
+
+    def __call__(self, *args, input=None, timeout=40, **more):
+        return subprocess.run(
+            [sys.executable, str(MODULE), *map(str, args)], input=input, timeout=timeout, text=True,
+            capture_output=True, stdin=None if input is not None else subprocess.DEVNULL,
+            env={**self.environment, **more})
+
+    def json(self, *args, **options):
+        """What a command that succeeds says with --json."""
+        done = self(*args, "--json", **options)
+        assert done.returncode == 0, done
+        return json.loads(done.stdout)
+
+    def start(self, *args, **options):
+        process = subprocess.Popen(
+            [sys.executable, str(MODULE), *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, start_new_session=True, env=self.environment, **options)
+        self.started.append(process)
+        return process
+
+
+# ---- receivers of webhooks ------------------------------------------------------------------------------------------
+
+
+class Delivery(NamedTuple):
+    headers: Dict[str, str]
+    body: bytes
+    answered: Any
+
+    @property
+    def event(self):
+        return json.loads(self.body)
+
+
+class Receiver:
+    """A web server of somebody else. Its behaviour is a list: the statuses it answers with, one after the other, or
+    "hang"; when the list is used up it answers 200."""
+
+    def __init__(self):
+        self.behaviour, self.got, self.guard, self.closing = [], [], threading.Lock(), threading.Event()
+        receiver = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                with receiver.guard:
+                    step = receiver.behaviour.pop(0) if receiver.behaviour else 200
+                    headers = {name.lower(): value for name, value in self.headers.items()}
+                    receiver.got.append(Delivery(headers, body, step))
+                if step == "hang":
+                    receiver.closing.wait(30)
+                    step = 200
+                self.send_response(step)
+                if step in (301, 302, 307):
+                    self.send_header("Location", receiver.url + "/elsewhere")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+            def handle(self):
+                with contextlib.suppress(OSError):  # a daemon that was killed in the middle is no news here
+                    super().handle()
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def types(self):
+        return [delivery.event["type"] for delivery in list(self.got)]
+
+    def close(self):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def expected_signatures(headers, body, secret):
+    """Both families, written from their descriptions and not with the code under test."""
+    key = base64.b64decode(secret[6:]) if secret.startswith("whsec_") else secret.encode()
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+    return ("sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest(),
+            "v1," + base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode())
+
+
+# ---- fixtures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def make_server(tmp_path):
+    """Servers in this process, as many as a test likes; `make_server.stop(one)` to end one before the test ends."""
+    made = []
+
+    def make(clock=None, home=None, **environ):
+        settings = port_daddy.Settings.load({
+            "PORT_DADDY_HOME": str(home or tmp_path / f"home-{len(made)}"), "PORT_DADDY_PORT": "0", **environ})
+        server = port_daddy.Server(settings, clock=clock or port_daddy.Clock())
+        server.start()
+        made.append(server)
+        if clock:
+            clock.daemon = server.daemon
+        return server
+
+    def stop(server):
+        made.remove(server)
+        server.stop()
+
+    make.stop = stop
+    yield make
+    for server in reversed(made):
+        server.stop()
+
+
+@pytest.fixture
+def server(make_server, request):
+    """One daemon in this process, living by the fake `clock` when the test asks for that too."""
+    return make_server(clock=request.getfixturevalue("clock") if "clock" in request.fixturenames else None)
+
+
+@pytest.fixture
+def wire(server):
+    return Wire(server.port)
+
+
+@pytest.fixture
+def pd(server):
+    return PortDaddy(url=server.url)
+
+
+@pytest.fixture
+def raw(server):
+    """Bytes in, and every byte that comes back until the daemon closes the connection."""
+    def exchange(data):
+        line = Line(server.port)
+        try:
+            return line.send(data).rest()
+        finally:
+            line.close()
+    return exchange
+
+
+@pytest.fixture
+def spawn(tmp_path):
+    """Real daemons, as many as a test likes, not yet started."""
+    made = []
+
+    def make(**more):
+        made.append(Spawned(tmp_path / f"spawned-{len(made)}", **more))
+        return made[-1]
+
+    yield make
+    for daemon in made:
+        if daemon.process:
+            end(daemon.process)
+
+
+@pytest.fixture
+def spawned(spawn):
+    return spawn().start()
+
+
+@pytest.fixture
+def cli(server):
+    """The command line, pointed at `server`."""
+    command = CommandLine(PORT_DADDY_URL=server.url, PORT_DADDY_HOME=server.daemon.settings.home)
+    yield command
+    for process in command.started:
+        end(process)
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """The command line on a machine where no daemon runs; whatever it starts is ended with the test."""
+    home = tmp_path / "fresh"
+    command = CommandLine(PORT_DADDY_HOME=home, PORT_DADDY_PORT=0)
+    command.home = home
+    yield command
+    for process in command.started:
+        end(process)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        pid = json.loads((home / "daemon.json").read_text())["pid"]
+        if pid != os.getpid():  # one test writes that file itself
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def receiver():
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture
+def second_receiver():
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture
+def children():
+    """Start programs that do not outlive the test."""
+    started = []
+
+    def start(*command, **options):
+        process = subprocess.Popen(
+            [str(part) for part in command], text=True, start_new_session=True,
+            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **options})
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        end(process)
+
+
+@pytest.fixture
+def curl(server, tmp_path):
+    """Run shell lines written for localhost:9876 against the daemon of this test; gives the replies, one a command."""
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+
+    def run(lines, timeout=40):
+        lines = lines.replace("localhost:9876", f"localhost:{server.port}").replace("curl ", "curl -sS ")
+        done = subprocess.run(["sh", "-e", "-c", lines], capture_output=True, text=True, timeout=timeout, cwd=tmp_path,
+                              env=environment(no_proxy="*"))
+        assert done.returncode == 0, done
+        decoder, replies, text = json.JSONDecoder(), [], done.stdout.strip()
+        while text:
+            reply, length = decoder.raw_decode(text)
+            replies.append(reply)
+            text = text[length:].lstrip()
+        return replies
+
+    return run
+
+
+@pytest.fixture
+def dice():
+    """Seeded chance; the seed is printed, and pytest shows it with the failure."""
+    seed = int(os.environ.get("PORT_DADDY_SEED") or int.from_bytes(os.urandom(4), "big"))
+    print(f"again with: PORT_DADDY_SEED={seed}")
+    return random.Random(seed)
+
+
+# ---- small facts that many tests want -------------------------------------------------------------------------------
+
+ALIVE = "import sys; print('alive', flush=True); sys.stdin.readline()"
+
+LISTENER = """
+import socket, sys
+print("alive", flush=True)
+family, host, port = sys.stdin.readline().split()
+listener = socket.socket(socket.AF_INET6 if family == "6" else socket.AF_INET)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind((host, int(port)))
+listener.listen()
+print("listening", flush=True)
+sys.stdin.readline()
+"""
+
+
+def started_listener(children):
+    """A process that is already alive and listens once it is told where."""
+    process = children(sys.executable, "-c", LISTENER)
+    assert read_line(process.stdout) == "alive\n"
+    return process
+
+
+def listen(process, port, host="127.0.0.1"):
+    process.stdin.write(f"{6 if ':' in host else 4} {host} {port}\n")
+    process.stdin.flush()
+    assert read_line(process.stdout) == "listening\n"
+    return process
+
+
+def free_port_block(count):
+    """The first of so many neighbouring ports on which nothing is bound right now."""
+    for first in random.Random(os.getpid() ^ time.monotonic_ns()).sample(range(20000, 30000, count), 200):
+        with contextlib.ExitStack() as held:
+            try:
+                for port in range(first, first + count):
+                    for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+                        probe = held.enter_context(socket.socket(family))
+                        if family == socket.AF_INET6:
+                            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                        probe.bind((host, port))
+            except OSError:
+                continue
+            return first
+    raise AssertionError(f"no {count} neighbouring ports are free on this machine")
+
+
+def facts(entry):
+    """What an entry of the activity log knows."""
+    return {**(entry.get("metadata") or {}), **(entry["details"] if isinstance(entry["details"], dict) else {})}
+
+
+def log(pd, kind):
+    """The entries of one type, oldest first."""
+    return pd.get_activity(type=kind)["entries"][::-1]
+
+
+def fingerprint(wire):
+    """What must be equal before and after a request that was refused: the log, the messages, and all that is listed."""
+    newest = wire.get("/activity?limit=1")["entries"]
+    return (newest and newest[0]["id"], wire.get("/channels")["channels"],
+            [(lock["name"], lock["owner"], lock["token"], lock["metadata"]) for lock in wire.get("/locks")["locks"]],
+            [(s["id"], s["port"], s["status"], s["metadata"]) for s in wire.get("/services")["services"]],
+            [(a["id"], a["lastHeartbeat"], a["metadata"]) for a in wire.get("/agents")["agents"]],
+            [(h["id"], h["url"], h["events"], h["active"]) for h in wire.get("/webhooks")["webhooks"]])
+
+
+# =====================================================================================================================
+# STORIES — the patterns people hold in their hands: with curl, with the client, on the command line
+# =====================================================================================================================
+
+# ---- pattern 1: leader election -------------------------------------------------------------------------------------
+
+
+def test_pattern_1_leader_election_with_curl(curl):
+    won, lost = curl("""
+        curl -X POST localhost:9876/locks/leader-election -H 'Content-Type: application/json' \
+          -d '{"owner":"agent-1","ttl":60000}'
+        curl -X POST localhost:9876/locks/leader-election -H 'Content-Type: application/json' \
+          -d '{"owner":"agent-2","ttl":60000}'
+    """)
+    assert won["success"] and won["owner"] == "agent-1" and won["token"] > 0
+    assert not lost["success"] and lost["code"] == "LOCK_HELD" and lost["holder"] == "agent-1"
+    published, polled = curl("""
+        curl -X POST localhost:9876/msg/tasks -H 'Content-Type: application/json' \
+          -d '{"payload":{"action":"build","target":"frontend"}}'
+        curl "localhost:9876/msg/tasks/poll?timeout=30000"
+    """)
+    assert polled["message"]["payload"] == {"action": "build", "target": "frontend"}
+    assert polled["message"]["id"] == published["id"]
+
+
+def test_pattern_1_leader_election_in_python(server):
+    def campaign(name):
+        pd = PortDaddy(url=server.url, agent_id=name)
+        try:
+            pd.lock("leader-election", owner=pd.agent_id, ttl=60000)
+            pd.publish("tasks", {"action": "build", "target": "frontend"})
+            return "leader"
+        except PortDaddyError as problem:
+            assert problem.status == 409
+            return pd.poll("tasks")["message"]["payload"]
+
+    campaigns = [in_background(campaign, f"agent-{n}") for n in (1, 2)]
+    ended = [campaign.result(20) for campaign in campaigns]
+    assert sorted(ended, key=str) == sorted(["leader", {"action": "build", "target": "frontend"}], key=str)
+
+
+def test_pattern_1_leader_election_on_the_command_line(cli):
+    assert cli("lock", "leader-election", "--owner", "agent-1", "--ttl", "60s").returncode == 0
+    lost = cli("lock", "leader-election", "--owner", "agent-2", "--ttl", "60s")
+    assert lost.returncode == 4 and "agent-1" in lost.stderr
+    assert cli("pub", "tasks", '{"action": "build", "target": "frontend"}').returncode == 0
+    assert cli.json("poll", "tasks")["message"]["payload"] == {"action": "build", "target": "frontend"}
+
+
+# ---- pattern 2: work distribution -----------------------------------------------------------------------------------
+
+
+def test_pattern_2_work_distribution_with_curl(curl):
+    first, second = curl("""
+# Coordinator publishes tasks
+curl -X POST localhost:9876/msg/tasks \\
+  -H 'Content-Type: application/json' \\
+  -d '{"payload":{"type":"test","suite":"unit","files":["a.test.js","b.test.js"]}}'
+
+curl -X POST localhost:9876/msg/tasks \\
+  -H 'Content-Type: application/json' \\
+  -d '{"payload":{"type":"test","suite":"integration","files":["api.test.js"]}}'
+    """)
+    assert first["success"] and second["id"] > first["id"]
+    worker = 'curl "localhost:9876/msg/tasks/poll?timeout=30000"\n'
+    one, two = curl(worker + worker)
+    assert one["message"]["payload"] == {"type": "test", "suite": "unit", "files": ["a.test.js", "b.test.js"]}
+    assert two["message"]["payload"] == {"type": "test", "suite": "integration", "files": ["api.test.js"]}
+    assert curl('curl "localhost:9876/msg/tasks/poll?timeout=50"')[0]["message"] is None
+
+
+def test_pattern_2_work_distribution_in_python(server, pd):
+    def worker():
+        mine, own = [], PortDaddy(url=server.url)
+        while True:
+            message = own.poll("tasks", timeout=10_000)["message"]
+            if message["payload"] == "done":
+                return mine
+            mine.append(message["payload"])
+
+    workers = [in_background(worker) for _ in range(3)]
+    for number in range(12):
+        pd.publish("tasks", {"suite": number})
+    for _ in workers:
+        pd.publish("tasks", "done")
+    shares = [worker.result(30) for worker in workers]
+    assert sorted(task["suite"] for share in shares for task in share) == list(range(12))
+
+
+def test_pattern_2_work_distribution_on_the_command_line(cli):
+    workers = [cli.start("poll", "tasks", "--timeout", "30s", "--json") for _ in range(2)]
+    for suite in ("unit", "integration"):
+        assert cli("pub", "tasks", json.dumps({"suite": suite})).returncode == 0
+    got = [json.loads(worker.communicate(timeout=30)[0])["message"]["payload"]["suite"] for worker in workers]
+    assert sorted(got) == ["integration", "unit"]
+
+
+# ---- pattern 3: pipeline --------------------------------------------------------------------------------------------
+
+
+def test_pattern_3_pipeline_with_curl(curl, server, children):
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    tester, deployer = (children("curl", "-sN", f"localhost:{server.port}/msg/pipeline/subscribe") for _ in range(2))
+
+    def heard(agent, stage):
+        while True:
+            line = read_line(agent.stdout)
+            if line.startswith("data:") and f'"{stage}"' in line:
+                return json.loads(line[5:])["payload"]
+
+    def connected(agent):
+        while "connected" not in read_line(agent.stdout):
+            pass
+
+    connected(tester)
+    connected(deployer)
+    stage = ("curl -X POST localhost:9876/msg/pipeline -H 'Content-Type: application/json' "
+             """-d '{"payload":{"stage":"%s","status":"complete"}}'\n""")
+    curl(stage % "build")
+    assert heard(tester, "build") == {"stage": "build", "status": "complete"}
+    curl(stage % "test")
+    assert heard(deployer, "test") == {"stage": "test", "status": "complete"}
+    held, _, freed = curl(
+        """curl -X POST localhost:9876/locks/deploy-prod -d '{"owner":"deploy"}'\n"""
+        + stage % "deploy" + "curl -X DELETE 'localhost:9876/locks/deploy-prod?owner=deploy'\n")
+    assert held["owner"] == "deploy" and freed["released"] is True
+
+
+def test_pattern_3_pipeline_in_python(server, pd):
+    def stage(name, waits_for, lock=None):
+        own = PortDaddy(url=server.url, agent_id=name)
+        for message in own.subscribe("pipeline", after=0):
+            if message["payload"]["stage"] == waits_for:
+                break
+        if lock:
+            own.lock(lock)
+        own.publish("pipeline", {"stage": name, "status": "complete"})
+        if lock:
+            assert own.unlock(lock)["released"] is True
+
+    stages = [in_background(stage, "deploy", "test", lock="deploy-prod"), in_background(stage, "test", "build")]
+    pd.publish("pipeline", {"stage": "build", "status": "complete"})
+    for done in stages:
+        done.result(20)
+    said = [message["payload"]["stage"] for message in pd.get_messages("pipeline")["messages"]]
+    assert said == ["build", "test", "deploy"]
+    assert pd.check_lock("deploy-prod")["held"] is False
+
+
+def test_pattern_3_pipeline_on_the_command_line(cli):
+    tester = cli.start("sub", "pipeline", "--after", "0", "--json")
+    assert cli("pub", "pipeline", '{"stage": "build", "status": "complete"}').returncode == 0
+    assert json.loads(read_line(tester.stdout))["payload"]["stage"] == "build"
+    assert cli("lock", "deploy-prod", "--owner", "deploy").returncode == 0
+    assert cli("pub", "pipeline", '{"stage": "deploy", "status": "complete"}').returncode == 0
+    assert cli("unlock", "deploy-prod", "--owner", "deploy").returncode == 0
+    assert json.loads(read_line(tester.stdout))["payload"]["stage"] == "deploy"
+
+
+# ---- pattern 4: a shared resource -----------------------------------------------------------------------------------
+
+
+def test_pattern_4_shared_resource_with_curl(curl):
+    held, refused, freed, taken = curl("""
+        curl -X POST localhost:9876/locks/db-migration -d '{"owner":"agent-1","ttl":120000}'
+        curl -X POST localhost:9876/locks/db-migration -d '{"owner":"agent-2"}'
+        curl -X DELETE localhost:9876/locks/db-migration -d '{"owner":"agent-1"}'
+        curl -X POST localhost:9876/locks/db-migration -d '{"owner":"agent-2","wait":5000}'
+    """)
+    assert held["expiresAt"] - held["acquiredAt"] == 120000
+    assert (refused["code"], refused["holder"]) == ("LOCK_HELD", "agent-1")
+    assert refused["expiresAt"] == held["expiresAt"]
+    assert freed["released"] is True and taken["token"] > held["token"]
+
+
+def test_pattern_4_shared_resource_in_python(server, pd):
+    migrating, finish, order = threading.Event(), threading.Event(), []
+
+    def migration():
+        order.append("migration")
+        migrating.set()
+        assert finish.wait(20)
+        order.append("migrated")
+        return "done"
+
+    agent_1 = PortDaddy(url=server.url, agent_id="agent-1")
+    first = in_background(agent_1.with_lock, "db-migration", migration, ttl=120_000)
+    assert migrating.wait(20)
+    with pytest.raises(PortDaddyError) as refused:
+        pd.lock("db-migration", owner="agent-2")
+    assert refused.value.status == 409 and refused.value.code == "LOCK_HELD"
+
+    def second():
+        with PortDaddy(url=server.url, agent_id="agent-2").with_lock("db-migration") as held:
+            order.append("second")
+            return held.token
+
+    other = in_background(second)
+    eventually(lambda: pd.check_lock("db-migration")["waiting"] == 1)
+    finish.set()
+    assert first.result(20) == "done" and other.result(20) > 0
+    assert order == ["migration", "migrated", "second"]
+    assert pd.check_lock("db-migration")["held"] is False
+
+
+def test_pattern_4_shared_resource_on_the_command_line(cli, pd, tmp_path):
+    program = f"while [ ! -e {tmp_path}/go ]; do sleep 0.02; done; echo $0"
+    first = cli.start("with-lock", "db-migration", "--ttl", "2m", "--", "sh", "-c", program, "one")
+    eventually(lambda: pd.check_lock("db-migration")["held"])
+    assert cli("lock", "db-migration", "--owner", "agent-2").returncode == 4
+    second = cli.start("with-lock", "db-migration", "--", "sh", "-c", program, "two")
+    eventually(lambda: pd.check_lock("db-migration")["waiting"] == 1)
+    (tmp_path / "go").touch()
+    assert first.communicate(timeout=30)[0] == "one\n" and second.communicate(timeout=30)[0] == "two\n"
+    assert first.returncode == second.returncode == 0
+
+
+# ---- pattern 5: service discovery -----------------------------------------------------------------------------------
+
+
+def test_pattern_5_service_discovery_with_curl(curl):
+    claimed, = curl("""curl -X POST localhost:9876/claim -H 'Content-Type: application/json' \
+        -d '{"id":"myapp:api:main"}'""")
+    address = f"http://localhost:{claimed['port']}"
+    set_, found = curl(f"""
+        curl -X PUT localhost:9876/services/myapp:api:main/endpoints/local -d '{{"url":"{address}"}}'
+        curl localhost:9876/services/myapp%3Aapi%3Amain
+    """)
+    assert set_["success"] and found["endpoints"]["local"] == address
+    assert found["service"]["endpoints"] == found["endpoints"] and found["port"] == claimed["port"]
+
+
+def test_pattern_5_service_discovery_in_python(server, pd):
+    port = pd.claim("myapp:api:main")["port"]
+    pd.set_endpoint("myapp:api:main", "local", f"http://localhost:{port}")
+    frontend = PortDaddy(url=server.url, agent_id="frontend")
+    assert frontend.get_service("myapp:api:main")["endpoints"]["local"] == f"http://localhost:{port}"
+
+
+def test_pattern_5_service_discovery_on_the_command_line(cli):
+    port = cli("claim", "myapp:api:main", "-q").stdout.strip()
+    assert port.isdigit()
+    address = f"http://localhost:{port}"
+    assert cli("endpoint", "set", "myapp:api:main", "local", address).returncode == 0
+    assert cli("url", "myapp:api:main").stdout.strip() == address
+    listed = cli.json("find", "myapp:*")
+    assert [(service["id"], service["port"]) for service in listed["services"]] == [("myapp:api:main", int(port))]
+
+
+# ---- pattern 6: health-aware orchestration --------------------------------------------------------------------------
+
+
+def is_healthy_worker(agent):
+    return agent["type"] == "worker" and time.time() * 1000 - agent["lastHeartbeat"] < 60000
+
+
+def test_pattern_6_health_with_curl(curl):
+    registered, = curl("""curl -X POST localhost:9876/agents -H 'Content-Type: application/json' \
+        -d '{"name":"Worker-1","type":"worker"}'""")
+    beat, listed = curl(f"""
+        curl -X POST localhost:9876/agents/{registered['agentId']}/heartbeat
+        curl "localhost:9876/agents?active=true"
+    """)
+    assert registered["registered"] is True and beat["success"]
+    assert [agent["name"] for agent in listed["agents"] if is_healthy_worker(agent)] == ["Worker-1"]
+
+
+def test_pattern_6_health_in_python(server, pd):
+    worker = PortDaddy(url=server.url)
+    worker.register(name="Worker-1", type="worker")
+    heartbeats = worker.start_heartbeat(30000)
+    try:
+        agents = pd.list_agents(active_only=True)["agents"]
+        assert [agent["name"] for agent in agents if is_healthy_worker(agent)] == ["Worker-1"]
+    finally:
+        heartbeats.stop()
+
+
+def test_pattern_6_health_on_the_command_line(cli):
+    agent = cli.json("agent", "register", "--name", "Worker-1", "--type", "worker")["agentId"]
+    assert cli("agent", "heartbeat", agent).returncode == 0
+    agents = cli.json("agents", "--active")["agents"]
+    assert [each["name"] for each in agents if is_healthy_worker(each)] == ["Worker-1"]
+    assert cli("agent", "unregister", agent).returncode == 0
+    assert cli.json("agents", "--active")["count"] == 0
+
+
+# ---- pattern 8: webhooks --------------------------------------------------------------------------------------------
+
+
+def heard_claim_and_release(receiver, secret="my-hmac-secret"):
+    eventually(lambda: len(receiver.got) == 2)
+    assert receiver.types() == ["service.claim", "service.release"]
+    for delivery in receiver.got:
+        ours, standard = expected_signatures(delivery.headers, delivery.body, secret)
+        assert delivery.headers["x-portdaddy-signature"] == ours
+        assert standard in delivery.headers["webhook-signature"].split()
+
+
+def test_pattern_8_webhooks_with_curl(curl, receiver):
+    added, claimed, released = curl("""
+# Register webhook for service events
+curl -X POST localhost:9876/webhooks \\
+  -H 'Content-Type: application/json' \\
+  -d '{
+    "url": "http://localhost:8080/port-daddy-events",
+    "events": ["service.claim", "service.release"],
+    "secret": "my-hmac-secret"
+  }'
+curl -X POST localhost:9876/claim -H 'Content-Type: application/json' -d '{"id":"myapp:api:main"}'
+curl -X DELETE 'localhost:9876/release?id=myapp:api:main'
+    """.replace("localhost:8080", f"localhost:{receiver.port}"))
+    assert added["success"] and "my-hmac-secret" not in json.dumps(added) and released["released"] == 1
+    heard_claim_and_release(receiver)
+    assert receiver.got[0].event["data"]["port"] == claimed["port"]
+
+
+def test_pattern_8_webhooks_in_python(pd, receiver):
+    pd.add_webhook(f"http://localhost:{receiver.port}/port-daddy-events",
+                   events=["service.claim", "service.release"], secret="my-hmac-secret")
+    pd.claim("myapp:api:main")
+    pd.release("myapp:api:main")
+    heard_claim_and_release(receiver)
+
+
+def test_pattern_8_webhooks_on_the_command_line(cli, receiver):
+    address = f"http://localhost:{receiver.port}/port-daddy-events"
+    assert cli("webhook", "add", address, "--events", "service.claim,service.release",
+               "--secret", "my-hmac-secret").returncode == 0
+    assert cli("claim", "myapp:api:main").returncode == 0
+    assert cli("release", "myapp:api:main").returncode == 0
+    heard_claim_and_release(receiver)
+    listed = cli("webhook", "list")
+    assert address in listed.stdout and "my-hmac-secret" not in listed.stdout
+
+
+# ---- with real programs: one database, two migrations ---------------------------------------------------------------
+
+MIGRATION = r"""
+import os, sqlite3, subprocess, sys, time
+
+def sql(text):
+    "One statement in the shared database, of whichever kind it is; the first column of the first row."
+    if os.environ["DATABASE"].endswith(".sqlite"):
+        with sqlite3.connect(os.environ["DATABASE"], isolation_level=None) as database:
+            row = database.execute(text).fetchone()
+            return str(row[0]) if row else ""
+    psql = ["psql", "-h", os.environ["DATABASE"], "-U", "postgres", "-v", "ON_ERROR_STOP=1", "-Atqc", text]
+    return subprocess.run(psql, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+catalogue = "sqlite_master WHERE name" if os.environ["DATABASE"].endswith(".sqlite") else "pg_tables WHERE tablename"
+if sql("SELECT count(*) FROM %s = 'invoices'" % catalogue) != "0":
+    print("already migrated")
+    sys.exit()
+while not os.path.exists(os.environ["GO"]):
+    time.sleep(0.02)
+sql("CREATE TABLE invoices (id integer PRIMARY KEY)")  # a second time it would fail
+sql("INSERT INTO invoices VALUES (1)")
+print("migrated")
+"""
+
+
+@pytest.fixture
+def database():
+    """A PostgreSQL of our own, on a Unix socket in a folder of its own; SQLite where the machine has none."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    folder = Path(tempfile.mkdtemp(prefix="pd-"))  # not tmp_path: its user must be able to walk there
+    if not binaries or not shutil.which("psql"):
+        yield folder / "shared.sqlite"
+        shutil.rmtree(folder)
+        return
+    as_user: Dict[str, Any] = {"env": environment(HOME=folder), "cwd": folder}
+    if os.getuid() == 0:
+        shutil.chown(folder, "postgres", "postgres")
+        as_user.update(user="postgres", group="postgres", extra_groups=[])
+    subprocess.run([binaries[-1], "-D", "data", "-U", "postgres", "-A", "trust", "--no-sync"], check=True,
+                   stdout=subprocess.DEVNULL, timeout=60, **as_user)
+    cluster = subprocess.Popen(
+        [binaries[-1].parent / "postgres", "-D", "data", "-k", folder, "-c", "listen_addresses=", "-c", "fsync=off"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **as_user)
+    try:
+        eventually(lambda: subprocess.run(
+            ["psql", "-h", folder, "-U", "postgres", "-c", "SELECT 1"], capture_output=True).returncode == 0, 30)
+        yield folder
+    finally:
+        cluster.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown; it takes its own children along
+        cluster.wait(20)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_two_migrations_of_one_real_database_run_once(cli, pd, database, tmp_path):
+    (tmp_path / "migrate.py").write_text(MIGRATION)
+    cli.environment.update(DATABASE=str(database), GO=str(tmp_path / "go"))
+    command = ("with-lock", "db-migration", "--", sys.executable, str(tmp_path / "migrate.py"))
+    first = cli.start(*command)
+    eventually(lambda: pd.check_lock("db-migration")["held"])
+    second = cli.start(*command)
+    eventually(lambda: pd.check_lock("db-migration")["waiting"] == 1)
+    (tmp_path / "go").touch()
+    said = [process.communicate(timeout=40) for process in (first, second)]
+    assert [out for out, _ in said] == ["migrated\n", "already migrated\n"], said
+    assert first.returncode == second.returncode == 0
+    assert len(log(pd, "lock.acquire")) == len(log(pd, "lock.release")) == 2
+
+
+# ---- with real programs: two servers that never heard of us ---------------------------------------------------------
+
+NODE_SERVER = """require("http").createServer((q, r) => r.end("node")).listen(+process.argv[1], "127.0.0.1")"""
+
+
+@pytest.mark.parametrize("language", ["python", "node"])
+def test_a_real_server_started_with_a_claimed_port_is_adopted_and_found(spawned, children, language, tmp_path):
+    node = shutil.which("node")
+    if language == "node" and not node:
+        pytest.skip("node is not installed")
+    serve = {"python": f'"{sys.executable}" -m http.server $PORT --bind 127.0.0.1 >/dev/null 2>&1',
+             "node": f"\"{node}\" -e '{NODE_SERVER}' $PORT"}[language]
+    name = f"shop:{language}:main"
+    children("sh", "-c", f'PORT=$("{sys.executable}" "{MODULE}" claim {name} -q)\n{serve} &\necho $!\nwait',
+             env=spawned.environment(), cwd=tmp_path)
+    pd = PortDaddy(url=spawned.url)
+    waited = pd.wait_for_service(name, timeout=30_000)
+    assert waited["healthy"] is True
+    service = pd.get_service(name)
+    assert service["status"] == "running" and service["pid"]
+    listening = {port["port"]: port["pid"] for port in pd.list_system_ports()["ports"]}
+    assert listening[service["port"]] == service["pid"]
+    assert pd.service_health(name)["healthy"] is True
+    # A third process, which knows nothing but the name, finds it and speaks to it.
+    visitor = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" "{MODULE}" url {name}'], env=spawned.environment(), capture_output=True,
+        text=True, timeout=30)
+    address = urllib.parse.urlsplit(visitor.stdout.strip())
+    connection = http.client.HTTPConnection("127.0.0.1", address.port, timeout=10)
+    connection.request("GET", "/")
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+def test_a_stranger_on_an_assigned_port_is_named_and_moved_away_from(pd, cli, children):
+    stranger = started_listener(children)  # alive before the claim: what it does with the port later is not ours
+    port = pd.claim("shop:api:main")["port"]
+    listen(stranger, port)
+    with pytest.raises(PortDaddyError) as refused:
+        pd.claim("shop:api:main")
+    assert refused.value.code == "PORT_HIJACKED" and refused.value.status == 409
+    assert str(stranger.pid) in str(refused.value) and refused.value.body["pid"] == stranger.pid
+    assert cli("claim", "shop:api:main").returncode == 4
+    eventually(lambda: pd.get_service("shop:api:main")["status"] == "hijacked")
+    moved = cli.json("claim", "shop:api:main", "--move")
+    assert moved["port"] != port and pd.get_service("shop:api:main")["port"] == moved["port"]
+    assert stranger.poll() is None  # named, not killed
+
+
+# ---- with real programs: a receiver that shares no line with us -----------------------------------------------------
+
+FLASK_RECEIVER = r"""
+import base64, hashlib, hmac, json, sys
+from flask import Flask, request
+from werkzeug.serving import make_server
+
+app = Flask(__name__)
+SECRET = "whsec_" + base64.b64encode(b"a key of twenty-four b..").decode()
+
+@app.post("/hook")
+def hook():
+    body, h = request.get_data(), request.headers
+    ours = "sha256=" + hmac.new(SECRET.encode(), body, hashlib.sha256).hexdigest()
+    text = h["webhook-id"].encode() + b"." + h["webhook-timestamp"].encode() + b"." + body
+    standard = base64.b64encode(hmac.new(base64.b64decode(SECRET[6:]), text, hashlib.sha256).digest()).decode()
+    print(json.dumps({
+        "event": request.get_json()["type"], "named": h["X-PortDaddy-Event"],
+        "same id": h["X-PortDaddy-Delivery"] == h["webhook-id"],
+        "ours": hmac.compare_digest(ours, h["X-PortDaddy-Signature"]),
+        "standard": any(hmac.compare_digest("v1," + standard, each) for each in h["webhook-signature"].split()),
+    }), flush=True)
+    return "", 204
+
+server = make_server("127.0.0.1", 0, app)
+print(server.server_port, SECRET, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture(scope="session")
+def flask_python(tmp_path_factory):
+    """A Python with Flask, in a virtual environment that is thrown away."""
+    venv = tmp_path_factory.mktemp("flask") / "venv"
+    python = venv / "bin" / "python"
+    for command in ([sys.executable, "-m", "venv", venv],
+                    [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--retries", "1", "flask"]):
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=180)
+        if done.returncode:
+            pytest.skip(f"no Flask to be had here: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    return python
+
+
+def test_a_receiver_written_with_flask_verifies_both_signatures(pd, children, flask_python):
+    receiver = children(flask_python, "-c", FLASK_RECEIVER)
+    port, secret = read_line(receiver.stdout, 60).split()
+    pd.add_webhook(f"http://127.0.0.1:{port}/hook", events=["service.claim", "lock.acquire"], secret=secret)
+    pd.claim("myapp:api:main")
+    pd.lock("deploy", owner="agent-1")
+    for event in ("service.claim", "lock.acquire"):
+        assert json.loads(read_line(receiver.stdout)) == {
+            "event": event, "named": event, "same id": True, "ours": True, "standard": True}
+
+
+# =====================================================================================================================
+# 2. PROBLEMS — every way to fail, once, for the wire, the client and the shell
+# =====================================================================================================================
+
+PROMISED_PROBLEMS = {
+    "BAD_REQUEST": (400, 2), "BAD_JSON": (400, 2), "BAD_VALUE": (400, 2), "UNKNOWN_FIELD": (400, 2),
+    "TARGET_REFUSED": (400, 2), "HOST_NOT_ALLOWED": (403, 1), "ORIGIN_NOT_ALLOWED": (403, 1), "CROSS_SITE": (403, 1),
+    "NOT_OWNER": (403, 4), "NOT_FOUND": (404, 3), "METHOD_NOT_ALLOWED": (405, 2), "TIMED_OUT": (408, 5),
+    "LOCK_HELD": (409, 4), "LOCK_LOST": (409, 4), "PORT_TAKEN": (409, 4), "PORT_HIJACKED": (409, 4),
+    "NO_PORTS": (409, 4), "TOO_LARGE": (413, 2), "UNSUPPORTED_MEDIA": (415, 2), "LIMIT": (429, 4),
+    "INTERNAL": (500, 1), "NOT_IMPLEMENTED": (501, 1), "SHUTTING_DOWN": (503, 1),
+}
+
+
+def test_every_promised_problem_has_its_status_and_its_exit_status():
+    assert {code: port_daddy.PROBLEMS.get(code, ())[:2] for code in PROMISED_PROBLEMS} == PROMISED_PROBLEMS
+
+
+@pytest.mark.parametrize("code", sorted(port_daddy.PROBLEMS))
+def test_every_problem_is_a_known_kind_of_failure_with_a_sentence(code):
+    status, exit_status, sentence = port_daddy.PROBLEMS[code]
+    assert re.fullmatch(r"[A-Z]+(_[A-Z]+)*", code)
+    assert 400 <= status < 600 or status == 0
+    assert 1 <= exit_status <= 6 and sentence.strip()
+
+
+def test_a_refusal_says_what_in_a_sentence_and_in_a_code(wire):
+    refused = wire.get("/services/nobody:here")
+    assert refused.status == 404
+    assert refused["success"] is False and refused["code"] == "NOT_FOUND" and "nobody:here" in refused["error"]
+
+
+def test_the_same_problem_is_an_exception_in_python_and_an_exit_status_in_the_shell(pd, cli):
+    with pytest.raises(PortDaddyError) as problem:
+        pd.get_service("nobody:here")
+    assert (problem.value.status, problem.value.code, problem.value.exit_status) == (404, "NOT_FOUND", 3)
+    assert problem.value.body["error"] in str(problem.value)
+    done = cli("url", "nobody:here")
+    assert done.returncode == 3 and done.stdout == "" and "nobody:here" in done.stderr
+
+
+# =====================================================================================================================
+# 3. VOCABULARY — the kinds of value and their limits
+# =====================================================================================================================
+
+
+@pytest.mark.parametrize("name", ["a", "A.b_c:d-e", "9", "x" * 100, "...", "a..b"])
+def test_a_name_may_be(wire, name):
+    assert wire.post(f"/msg/{name}", {"payload": 1}).status == 200
+    assert wire.post(f"/locks/{name}", {"owner": name}).status == 200
+    assert wire.post("/agents", {"id": name}).status == 200
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a b", "a/b", "x" * 101, "é", "a\0", "a\n", "a*", "ａ", "a%"])
+def test_a_name_may_not_be(wire, name):
+    quoted = urllib.parse.quote(name, safe="")
+    before = fingerprint(wire)
+    assert wire.post(f"/msg/{quoted}", {"payload": 1}).status in (400, 404, 405)
+    assert wire.post("/agents", {"id": name}).status == 400
+    assert wire.post("/locks/good", {"owner": name}).status == 400
+    assert fingerprint(wire) == before
+
+
+def test_a_lock_name_takes_the_whole_tail_of_its_path(wire):
+    token = wire.post("/locks/db/primary/schema", {"owner": "a"})["token"]
+    assert wire.get("/locks/db/primary/schema")["token"] == token
+    assert wire.get("/locks/db%2Fprimary%2Fschema")["token"] == token
+    assert wire.delete("/locks/db/primary/schema?owner=a")["released"] is True
+
+
+@pytest.mark.parametrize("identity", ["a", "a:b", "a:b:c", "my.app:api-2:feature_x", "x" * 64, "healthy", "a:health"])
+def test_an_identity_may_be(wire, identity):
+    assert wire.post("/claim", {"id": identity})["id"] == identity
+    assert wire.get(f"/services/{urllib.parse.quote(identity, safe='')}")["id"] == identity
+
+
+@pytest.mark.parametrize("identity", [
+    "", "a:", ":a", "a::b", "a:b:c:d", "x" * 65, "a b", "a/b", ".", "..", "a:..", "health", "é", "a\0", 5, True, ["a"],
+    {}])
+def test_an_identity_may_not_be(wire, identity):
+    before = fingerprint(wire)
+    refused = wire.post("/claim", {"id": identity})
+    assert refused.status == 400 and refused["code"] == "BAD_VALUE" and "id" in refused["error"]
+    assert fingerprint(wire) == before
+
+
+@pytest.mark.parametrize("given, ms", [
+    (1500, 1500), ("1500ms", 1500), ("30s", 30_000), ("2m", 120_000), ("2h30m", 9_000_000), ("1d", 86_400_000),
+    ("1h", 3_600_000)])
+def test_a_duration_is_milliseconds_or_a_number_with_units(wire, given, ms):
+    held = wire.post("/locks/a", {"owner": "a", "ttl": given})
+    assert held.status == 200, held
+    assert held["expiresAt"] - held["acquiredAt"] == ms
+
+
+@pytest.mark.parametrize("given", [
+    -1, "", "s", "1 parsec", "-5s", "1.2.3s", True, [], {}, 1e300, "9" * 40 + "d", "s30", "٣s"])
+def test_a_duration_may_not_be(wire, given):
+    refused = wire.post("/locks/a", {"owner": "a", "ttl": given})
+    assert refused.status == 400 and refused["code"] == "BAD_VALUE" and "ttl" in refused["error"]
+
+
+def test_a_lock_lives_for_a_day_at_most(wire):
+    assert wire.post("/locks/a", {"owner": "a", "ttl": 86_400_000}).status == 200
+    refused = wire.post("/locks/b", {"owner": "a", "ttl": 86_400_001})
+    assert refused.status == 400 and "ttl" in refused["error"]
+
+
+@pytest.mark.parametrize("payload", [
+    0, "", False, None, [], {}, 1.5, "é\u2028\U0001f600", {"a": [1, {"b": None}]}, -(2 ** 70)])
+def test_any_json_value_is_a_payload(wire, payload):
+    assert wire.post("/msg/any", {"payload": payload}).status == 200
+    got = wire.get("/msg/any/poll?timeout=1000")["message"]["payload"]
+    assert got == payload and type(got) is type(payload)
+
+
+def test_only_an_absent_payload_is_an_error(wire):
+    refused = wire.post("/msg/any", {"sender": "a"})
+    assert refused.status == 400 and "payload" in refused["error"]
+
+
+def test_a_payload_has_256_kib_and_metadata_10_kb(wire):
+    assert wire.post("/msg/big", {"payload": "x" * (256 * 1024 - 2)}).status == 200  # two quotes
+    refused = wire.post("/msg/big", {"payload": "x" * (256 * 1024)})
+    assert (refused.status, refused["code"]) == (413, "TOO_LARGE")
+    assert wire.post("/claim", {"id": "a", "metadata": {"note": "x" * 9_000}}).status == 200
+    refused = wire.post("/claim", {"id": "b", "metadata": {"note": "x" * 11_000}})
+    assert refused.status in (400, 413) and "metadata" in refused["error"]
+
+
+# =====================================================================================================================
+# 4. SETTINGS — what can be set, by flag over environment over default
+# =====================================================================================================================
+
+
+def test_the_defaults_are_the_documented_ones(tmp_path):
+    settings = port_daddy.Settings.load({"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")})
+    assert settings.port == 9876 and tuple(settings.range) == (3100, 9999)
+    if LINUX:
+        assert Path(settings.home) == tmp_path / "state" / "port-daddy"
+
+
+def test_a_flag_wins_over_the_environment_and_the_environment_over_the_default(tmp_path):
+    environ = {"PORT_DADDY_HOME": str(tmp_path / "a"), "PORT_DADDY_PORT": "1234", "PORT_DADDY_RANGE": "4000-4100"}
+    settings = port_daddy.Settings.load(environ)
+    assert (settings.port, tuple(settings.range), Path(settings.home)) == (1234, (4000, 4100), tmp_path / "a")
+    settings = port_daddy.Settings.load(environ, port=0, home=str(tmp_path / "b"))
+    assert (settings.port, Path(settings.home)) == (0, tmp_path / "b")
+
+
+@pytest.mark.parametrize("variable, value", [
+    ("PORT_DADDY_PORT", "http"), ("PORT_DADDY_PORT", "70000"), ("PORT_DADDY_PORT", "-1"), ("PORT_DADDY_RANGE", "9-3"),
+    ("PORT_DADDY_RANGE", "all"), ("PORT_DADDY_RANGE", "1-70000")])
+def test_a_bad_setting_is_refused_by_its_name(tmp_path, variable, value):
+    with pytest.raises(PortDaddyError) as refused:
+        port_daddy.Settings.load({"PORT_DADDY_HOME": str(tmp_path), variable: value})
+    assert variable in str(refused.value) and refused.value.exit_status == 2
+
+
+def test_the_folder_and_its_files_are_private(server):
+    home = Path(server.daemon.settings.home)
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    for path in home.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_daemon_json_tells_who_runs_here(server):
+    told = json.loads((Path(server.daemon.settings.home) / "daemon.json").read_text())
+    assert told["url"] == server.url and told["pid"] == os.getpid()
+    assert told["version"] == port_daddy.__version__ and told["instance"]
+
+
+# =====================================================================================================================
+# 5. BELL — how to wait and how to wake
+# =====================================================================================================================
+
+
+def test_a_look_that_sees_something_does_not_wait():
+    assert port_daddy.Bell().wait(lambda: "seen", time.monotonic() + 60, ["a"]) == "seen"
+
+
+def test_a_wait_that_sees_nothing_ends_at_its_deadline():
+    began = time.monotonic()
+    assert port_daddy.Bell().wait(lambda: None, began + 0.05, ["a"]) is None
+    assert time.monotonic() - began >= 0.045
+
+
+def test_a_ring_lets_the_waiters_of_its_topic_look_again_and_nobody_else():
+    bell, seen, looks = port_daddy.Bell(), [], {"a": 0, "b": 0}
+
+    def look(topic):
+        def see():
+            looks[topic] += 1
+            return seen[0] if seen else None
+        return see
+
+    waits = {topic: in_background(bell.wait, look(topic), time.monotonic() + 20, [topic]) for topic in "ab"}
+    eventually(lambda: looks["a"] and looks["b"])
+    settle()
+    at_rest = looks["b"]
+    seen.append("news")
+    bell.ring("a")
+    assert waits["a"].result(10) == "news"
+    settle()
+    assert looks["b"] == at_rest
+    bell.ring("b")
+    assert waits["b"].result(10) == "news"
+
+
+def test_one_can_wait_for_several_topics():
+    bell, seen = port_daddy.Bell(), []
+    wait = in_background(bell.wait, lambda: seen[0] if seen else None, time.monotonic() + 20, ["a", "b"])
+    settle()
+    seen.append("news")
+    bell.ring("b")
+    assert wait.result(10) == "news"
+
+
+def test_no_ring_is_lost_between_the_look_and_the_sleep():
+    # The news arrives and the bell rings while the waiter is still inside its look: it must not go to sleep on that.
+    bell, seen = port_daddy.Bell(), []
+
+    def look():
+        if seen:
+            return seen[0]
+        ringer = threading.Thread(target=lambda: (seen.append("news"), bell.ring("a")), daemon=True)
+        ringer.start()
+        ringer.join(5)
+        assert not ringer.is_alive(), "a look holds the bell's lock"
+        return None
+
+    assert bell.wait(look, time.monotonic() + 10, ["a"]) == "news"
+
+
+def test_many_rings_and_many_waiters_lose_nothing():
+    bell, counter, guard = port_daddy.Bell(), itertools.count(), threading.Lock()
+    box = []
+
+    def look():
+        with guard:
+            return box.pop() if box else None
+
+    waits = [in_background(bell.wait, look, time.monotonic() + 20, ["a"]) for _ in range(40)]
+    for _ in waits:
+        with guard:
+            box.append(f"n{next(counter)}")
+        bell.ring("a")
+    assert len({wait.result(25) for wait in waits}) == 40
+
+
+# =====================================================================================================================
+# 6. STORE — one transaction, one log, nothing half-done
+# =====================================================================================================================
+
+
+def test_a_transaction_that_fails_leaves_nothing_and_rings_nobody(server, pd):
+    with pytest.raises(ZeroDivisionError):
+        with server.daemon.write() as tx:
+            tx.emit("lock.acquire", "never", lockName="never", owner="a", token=1, expiresAt=0)
+            raise ZeroDivisionError
+    assert log(pd, "lock.acquire") == []
+    with server.daemon.write() as tx:
+        tx.emit("lock.acquire", "once", lockName="once", owner="a", token=1, expiresAt=0)
+    assert [entry["targetId"] for entry in log(pd, "lock.acquire")] == ["once"]
+
+
+def test_ids_grow_over_all_channels_and_are_never_used_again(make_server, tmp_path):
+    server = make_server(home=tmp_path / "kept")
+    wire = Wire(server.port)
+    ids = [wire.post(f"/msg/{channel}", {"payload": 1})["id"] for channel in "abab"]
+    assert ids == sorted(set(ids))
+    wire.delete("/msg/a")
+    wire.delete("/msg/b")
+    ids.append(wire.post("/msg/a", {"payload": 1})["id"])
+    make_server.stop(server)
+    ids.append(Wire(make_server(home=tmp_path / "kept").port).post("/msg/a", {"payload": 1})["id"])
+    assert ids == sorted(set(ids))
+
+
+def test_everything_is_there_after_a_restart(make_server, tmp_path, receiver):
+    server = make_server(home=tmp_path / "kept")
+    pd = PortDaddy(url=server.url)
+    port = pd.claim("myapp:api", metadata={"k": "v"})["port"]
+    pd.set_endpoint("myapp:api", "prod", "https://example.org")
+    token = pd.lock("deploy", owner="agent-1", metadata={"why": "release"})["token"]
+    message = pd.publish("tasks", {"n": 1})["id"]
+    pd.register(name="Worker", id="agent-9")
+    hook = pd.add_webhook(receiver.url, events=["lock.expire"], secret="a-good-secret")["id"]
+    pd.poll("tasks", group="gone")
+    make_server.stop(server)
+    pd = PortDaddy(url=make_server(home=tmp_path / "kept").url)
+    service = pd.get_service("myapp:api")
+    assert (service["port"], service["metadata"]) == (port, {"k": "v"})
+    assert service["endpoints"]["prod"] == "https://example.org"
+    assert (pd.check_lock("deploy")["token"], pd.check_lock("deploy")["metadata"]) == (token, {"why": "release"})
+    assert [each["id"] for each in pd.get_messages("tasks")["messages"]] == [message]
+    assert pd.get_agent("agent-9")["agent"]["name"] == "Worker"
+    assert pd.get_webhook(hook)["hasSecret"] is True
+    assert pd.poll("tasks", group="gone", timeout=50)["message"] is None  # consumed before, consumed now
+
+
+def test_the_database_is_whole_after_a_kill(spawned):
+    for number in range(20):
+        assert spawned.wire.post("/msg/tasks", {"payload": number}).status == 200
+    spawned.kill()
+    databases = [path for path in spawned.home.iterdir() if path.read_bytes()[:15] == b"SQLite format 3"]
+    assert databases
+    for path in databases:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_the_oldest_messages_go_when_a_channel_is_full_and_the_reader_is_told(server, wire):
+    # 64 MiB a channel: 300 messages of 240 KiB are more than that, and quicker than ten thousand and one small ones.
+    load, line = json.dumps({"payload": "x" * 240 * 1024}).encode(), Line(server.port)
+    head = f"POST /msg/big HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(load)}\r\n\r\n".encode()
+    ids = [line.send(head + load).reply()["id"] for _ in range(300)]
+    line.close()
+    channel, = wire.get("/channels")["channels"]
+    assert channel["count"] < 300 and channel["lastId"] == ids[-1]
+    oldest = wire.get(f"/msg/big?after={ids[0]}&limit=1")["messages"][0]["id"]
+    assert oldest > ids[20]
+    stream = Stream(server.port, f"/msg/big/subscribe?after={ids[0]}")
+    event = next(event for event in iter(stream.next, None) if event.kind != "connected")
+    assert event.kind == "gap" and ids[0] <= event.data["from"] <= event.data["to"] == ids[ids.index(oldest) - 1]
+    stream.close()
+
+
+# =====================================================================================================================
+# 7. HOST — the world outside: who listens, who lives
+# =====================================================================================================================
+
+
+def test_a_listening_process_is_listed_with_its_pid_and_command(pd, children):
+    listener = started_listener(children)
+    port = free_port_block(1)
+    listen(listener, port)
+    found, = [each for each in pd.list_system_ports()["ports"] if each["port"] == port]
+    assert found["pid"] == listener.pid and "python" in found["command"].lower()
+
+
+def test_the_listed_port_knows_the_service_it_belongs_to(pd, children):
+    listener = started_listener(children)
+    port = pd.claim("myapp:api", pid=listener.pid)["port"]
+    listen(listener, port)
+    found, = [each for each in pd.list_system_ports()["ports"] if each["port"] == port]
+    assert "myapp:api" in json.dumps(found)
+    assert port not in [each["port"] for each in pd.list_system_ports(unmanaged_only=True)["ports"]]
+
+
+# =====================================================================================================================
+# 8. DAEMON — everything that time does, in one function
+# =====================================================================================================================
+
+
+def test_a_tick_says_how_long_it_may_sleep_and_sleeps_less_when_something_is_due(server, clock, pd):
+    at_rest = server.daemon.tick(clock.now())
+    pd.lock("soon", owner="a", ttl=40)
+    assert server.daemon.tick(clock.now()) <= at_rest
+
+
+def test_a_lease_ends_when_its_time_is_over_and_not_before(clock, pd):
+    pd.lock("build", owner="a", ttl=1000)
+    clock.advance(999)
+    assert pd.check_lock("build")["held"] is True
+    clock.advance(2)
+    assert pd.check_lock("build")["held"] is False
+    expired, = log(pd, "lock.expire")
+    assert expired["targetId"] == "build" and facts(expired)["owner"] == "a"
+
+
+def test_a_wall_clock_that_jumps_changes_no_lease(clock, pd):
+    pd.lock("build", owner="a", ttl=60_000)
+    for years in (1, -2):
+        clock.wall += years * 365 * 86_400_000
+        clock.daemon.tick(clock.now())
+        assert pd.check_lock("build")["held"] is True
+    clock.advance(60_001)
+    assert pd.check_lock("build")["held"] is False
+
+
+def test_a_lease_goes_on_over_a_restart_and_down_time_counts(make_server, clock, tmp_path):
+    server = make_server(clock=clock, home=tmp_path / "kept")
+    PortDaddy(url=server.url).lock("short", owner="a", ttl=60_000)
+    PortDaddy(url=server.url).lock("long", owner="a", ttl=600_000)
+    make_server.stop(server)
+    clock.daemon = None
+    clock.advance(61_000)
+    pd = PortDaddy(url=make_server(clock=clock, home=tmp_path / "kept").url)
+    clock.advance(10_000)  # whatever is granted to those who were there before a restart is over by now
+    assert pd.check_lock("short")["held"] is False and pd.check_lock("long")["held"] is True
+
+
+# =====================================================================================================================
+# 9. OPERATIONS — what can be asked: claims, channels, locks, agents, webhooks, the log
+# =====================================================================================================================
+
+# ---- claims ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_says_all_that_is_promised(wire):
+    claimed = wire.post("/claim", {"id": "myapp:api:main"})
+    assert claimed["success"] is True and claimed["id"] == "myapp:api:main" and claimed["existing"] is False
+    assert 3100 <= claimed["port"] <= 9999 and claimed["status"] == "assigned"
+    assert claimed["endpoints"] == {"local": f"http://localhost:{claimed['port']}"}
+    again = wire.post("/claim", {"id": "myapp:api:main"})
+    assert (again["port"], again["existing"]) == (claimed["port"], True)
+
+
+def test_a_service_shows_its_fields_at_the_top_and_again_under_service(wire):
+    wire.post("/claim", {"id": "a:b", "cmd": "npm start; rm -rf /", "cwd": "/tmp", "metadata": {"k": 1}, "agent": "me"})
+    shown = wire.get("/services/a:b")
+    service = shown["service"]
+    assert set(service) >= {"id", "port", "pid", "agentId", "status", "cmd", "cwd", "createdAt", "lastSeen",
+                            "expiresAt", "health", "pairedWith", "endpoints", "urls", "metadata"}
+    assert {field: shown[field] for field in service} == service
+    assert (service["cmd"], service["cwd"], service["agentId"]) == ("npm start; rm -rf /", "/tmp", "me")
+    assert service["urls"] == service["endpoints"]
+
+
+def test_the_first_port_is_a_property_of_the_name(make_server):
+    one, two = (PortDaddy(url=make_server().url) for _ in range(2))
+    names = [f"project-{n}:api" for n in range(5)]
+    assert {name: one.claim(name)["port"] for name in names} == {name: two.claim(name)["port"] for name in names[::-1]}
+    assert len({one.claim(name)["port"] for name in names}) == 5
+
+
+def test_a_name_gets_its_old_port_back(make_server, tmp_path):
+    server = make_server(home=tmp_path / "kept")
+    pd = PortDaddy(url=server.url)
+    block = free_port_block(8)
+    port = pd.claim("first", port=block + 3)["port"]
+    assert port == block + 3
+    pd.release("first")
+    pd.claim("second", range=[block, block + 7])
+    pd.release("second")
+    assert pd.claim("first")["port"] == port
+    pd.release("first")
+    make_server.stop(server)
+    pd = PortDaddy(url=make_server(home=tmp_path / "kept").url)
+    assert pd.claim("first")["port"] == port
+
+
+@pytest.mark.parametrize("family, host, listens", [
+    (socket.AF_INET, "127.0.0.1", True), (socket.AF_INET, "0.0.0.0", True), (socket.AF_INET6, "::1", True),
+    (socket.AF_INET6, "::", True), (socket.AF_INET, "127.0.0.1", False), (socket.AF_INET6, "::1", False)])
+def test_a_port_on_which_somebody_sits_is_not_given(pd, family, host, listens):
+    first = free_port_block(3)
+    with socket.socket(family) as sitting:
+        if family == socket.AF_INET6:
+            sitting.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sitting.bind((host, first + 1))
+        if listens:
+            sitting.listen()
+        given = {pd.claim(name, range=[first, first + 2])["port"] for name in "ab"}
+        assert given == {first, first + 2}
+        with pytest.raises(PortDaddyError) as full:
+            pd.claim("c", range=[first, first + 2])
+        assert (full.value.code, full.value.status) == ("NO_PORTS", 409)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_preferred_port_that_is_taken_gives_another_one_and_names_the_holder(pd, children, host):
+    port = free_port_block(1)
+    holder = listen(started_listener(children), port, host)
+    claimed = pd.claim("myapp:api", port=port)
+    assert claimed["port"] != port and claimed["preferred"] is False
+    assert str(holder.pid) in claimed["warning"] and str(port) in claimed["warning"]
+    with pytest.raises(PortDaddyError) as refused:
+        pd.claim("myapp:web", port=port, exact=True)
+    assert (refused.value.code, refused.value.status) == ("PORT_TAKEN", 409) and str(holder.pid) in str(refused.value)
+
+
+def test_a_preferred_port_of_another_service_names_that_service(pd):
+    port = pd.claim("myapp:api")["port"]
+    claimed = pd.claim("myapp:web", port=port)
+    assert claimed["port"] != port and claimed["preferred"] is False and "myapp:api" in claimed["warning"]
+    with pytest.raises(PortDaddyError) as refused:
+        pd.claim("myapp:admin", port=port, exact=True)
+    assert refused.value.code == "PORT_TAKEN" and "myapp:api" in str(refused.value)
+
+
+def test_a_preferred_port_that_is_free_is_given_wherever_it_lies(pd):
+    port = free_port_block(1)
+    claimed = pd.claim("myapp:api", port=port)
+    assert claimed["port"] == port and claimed["preferred"] is True and "warning" not in claimed
+
+
+def test_a_known_name_moves_to_another_free_port_and_says_so(pd):
+    block = free_port_block(2)
+    pd.claim("myapp:api", port=block)
+    moved = pd.claim("myapp:api", port=block + 1)
+    assert moved["port"] == block + 1
+    told = moved["message"] + moved.get("warning", "")
+    assert str(block) in told and str(block + 1) in told
+    assert pd.get_service("myapp:api")["endpoints"]["local"] == f"http://localhost:{block + 1}"
+
+
+def test_a_port_that_no_browser_opens_is_never_chosen(pd):
+    with pytest.raises(PortDaddyError) as refused:
+        pd.claim("a", range=[6665, 6669])
+    assert refused.value.code == "NO_PORTS"
+
+
+def test_a_port_that_well_known_servers_want_is_never_chosen(pd):
+    for port in (8000, 8080, 3306, 5000, 5432, 5672, 6379, 7000, 9000, 9090, 9092, 9200):
+        with pytest.raises(PortDaddyError) as refused:
+            pd.claim("a", range=[port, port])
+        assert refused.value.code == "NO_PORTS", port
+
+
+def test_our_own_port_is_never_given(server, pd):
+    with pytest.raises(PortDaddyError) as refused:
+        pd.claim("a", port=server.port, exact=True)
+    assert refused.value.code == "PORT_TAKEN"
+
+
+def test_a_range_of_the_settings_is_kept_to(make_server):
+    first = free_port_block(2)
+    pd = PortDaddy(url=make_server(PORT_DADDY_RANGE=f"{first}-{first + 1}").url)
+    assert {pd.claim(name)["port"] for name in "ab"} == {first, first + 1}
+    with pytest.raises(PortDaddyError) as full:
+        pd.claim("c")
+    assert full.value.code == "NO_PORTS" and str(first) in str(full.value)
+
+
+def test_a_release_says_what_it_released(wire):
+    ports = [wire.post("/claim", {"id": f"myapp:{name}:main"})["port"] for name in ("api", "web")]
+    kept = wire.post("/claim", {"id": "other:api:main"})["port"]
+    released = wire.delete("/release?id=myapp:*")
+    assert released["released"] == 2 and sorted(released["releasedPorts"]) == sorted(ports)
+    assert [service["port"] for service in wire.get("/services")["services"]] == [kept]
+    nothing = wire.post("/release", {"id": "myapp:*"})
+    assert (nothing.status, nothing["released"]) == (200, 0)
+
+
+def test_all_at_once_is_released_only_with_force(wire):
+    wire.post("/claim", {"id": "a"})
+    refused = wire.delete("/release", {"id": "*"})
+    assert refused.status == 400 and "force" in refused["error"]
+    assert wire.get("/services")["count"] == 1
+    assert wire.delete("/release", {"id": "*", "force": True})["released"] == 1
+
+
+def test_a_service_can_be_released_by_its_own_address(wire):
+    port = wire.post("/claim", {"id": "a:b"})["port"]
+    assert wire.delete("/services/a:b")["releasedPorts"] == [port]
+    assert wire.get("/services/a:b").status == 404
+
+
+@pytest.mark.parametrize("pattern, found", [
+    ("*", "abcd"), ("shop:*", "ac"), ("*:api:*", "ab"), ("shop:api:*", "a"), ("shop:web", "c"), ("sh*b", "c"),
+    ("none*", "")])
+def test_a_star_is_any_run_of_characters(wire, pattern, found):
+    names = {"a": "shop:api:main", "b": "shopping:api:main", "c": "shop:web", "d": "blog"}
+    for name in names.values():
+        wire.post("/claim", {"id": name})
+    listed = wire.get(f"/services?pattern={urllib.parse.quote(pattern)}")
+    assert sorted(service["id"] for service in listed["services"]) == sorted(names[each] for each in found)
+    assert listed["count"] == len(found)
+
+
+def test_a_service_can_be_found_by_status_and_by_port(wire):
+    port = wire.post("/claim", {"id": "a"})["port"]
+    wire.post("/claim", {"id": "b"})
+    assert [s["id"] for s in wire.get(f"/services?port={port}")["services"]] == ["a"]
+    wire.put("/services/b", {"status": "stopped"})
+    assert [s["id"] for s in wire.get("/services?status=stopped")["services"]] == ["b"]
+
+
+def test_a_claim_whose_time_is_over_can_be_released(clock, pd):
+    pd.claim("short", expires=1000)
+    pd.claim("long")
+    assert pd.get_service("short")["expiresAt"] == clock.wall + 1000
+    clock.advance(2000)
+    pd.release(expired=True)
+    assert [service["id"] for service in pd.list_services()["services"]] == ["long"]
+
+
+def test_a_claim_again_changes_only_what_is_given(pd):
+    pd.claim("a", cmd="npm start", metadata={"k": 1})
+    pd.claim("a", cwd="/srv")
+    service = pd.get_service("a")
+    assert (service["cmd"], service["cwd"], service["metadata"]) == ("npm start", "/srv", {"k": 1})
+
+
+def test_cleanup_frees_the_services_of_the_dead(pd, children):
+    owner = children(sys.executable, "-c", ALIVE)
+    read_line(owner.stdout)
+    pd.claim("mortal", pid=owner.pid)
+    pd.claim("immortal")
+    assert pd.cleanup()["count"] == 0
+    end(owner)
+    pd.cleanup()
+    assert [service["id"] for service in pd.list_services()["services"]] == ["immortal"]
+
+
+def test_a_service_with_a_pid_nobody_can_see_is_recorded_with_a_warning(pd):
+    claimed = pd.claim("a", pid=2 ** 22 + 7)  # beyond the largest pid that Linux gives
+    assert "warning" in claimed and pd.get_service("a")["port"] == claimed["port"]
+
+
+def test_a_listener_that_comes_after_the_claim_is_adopted(pd, children):
+    port = pd.claim("myapp:api")["port"]
+    listener = listen(started_listener(children), port)
+    service = eventually(lambda: (lambda s: s["status"] == "running" and s)(pd.get_service("myapp:api")), 15)
+    assert service["pid"] == listener.pid
+    again = pd.claim("myapp:api")
+    assert again["port"] == port and again["existing"] is True
+
+
+def test_endpoints_are_set_and_removed(wire):
+    assert wire.put("/services/a/endpoints/prod", {"url": "https://a.example"}).status == 404
+    wire.post("/claim", {"id": "a"})
+    for url in ("http://a", "https://a/b?c", "ws://a:1", "wss://a"):
+        assert wire.put("/services/a/endpoints/prod", {"url": url}).status == 200
+        assert wire.get("/services/a")["endpoints"]["prod"] == url
+    assert wire.delete("/services/a/endpoints/prod")["removed"]
+    assert "prod" not in wire.get("/services/a")["endpoints"]
+
+
+def test_to_wait_for_a_service_is_to_wait_until_it_runs(pd, children):
+    waiting = in_background(pd.wait_for_service, "later:api", timeout=30_000)  # not even known yet
+    settle()
+    port = pd.claim("later:api")["port"]
+    listen(started_listener(children), port)
+    waited = waiting.result(30)
+    assert waited["healthy"] is True and [service["id"] for service in waited["services"]] == ["later:api"]
+
+
+def test_a_wait_that_ends_in_vain_says_for_whom(pd, wire):
+    pd.claim("here")
+    refused = wire.post("/wait", {"services": ["here", "nowhere"], "timeout": 50})
+    assert (refused.status, refused["code"]) == (408, "TIMED_OUT")
+    assert "nowhere" in json.dumps(refused["waitingFor"])
+
+
+def test_a_health_url_decides_over_a_mere_listener(pd, children):
+    script = """
+import http.server, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if os.path.exists(sys.argv[2]) else 500)
+        self.end_headers()
+    def log_message(self, *_): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        port = pd.claim("myapp:api")["port"]
+        pd.update_service("myapp:api", health=f"http://127.0.0.1:{port}/health")
+        children(sys.executable, "-c", script, str(port), f"{folder}/healthy")
+        eventually(lambda: pd.get_service("myapp:api")["status"] in ("running", "unhealthy"), 20)
+        with pytest.raises(PortDaddyError) as problem:
+            pd.wait_for_service("myapp:api", timeout=50)
+        assert problem.value.code == "TIMED_OUT"
+        Path(folder, "healthy").touch()
+        assert pd.wait_for_service("myapp:api", timeout=30_000)["healthy"] is True
+
+
+# ---- channels: workers ----------------------------------------------------------------------------------------------
+
+
+def test_bare_pollers_share_the_messages_each_exactly_once(server, pd):
+    got, guard = [], threading.Lock()
+
+    def worker():
+        wire = Wire(server.port)
+        while True:
+            message = wire.get("/msg/tasks/poll?timeout=10000")["message"]
+            with guard:
+                got.append(message["payload"])
+            if message["payload"] == "stop":
+                return
+
+    workers = [in_background(worker) for _ in range(5)]
+    for number in range(60):
+        pd.publish("tasks", number)
+    for _ in workers:
+        pd.publish("tasks", "stop")
+    for each in workers:
+        each.result(30)
+    assert sorted(n for n in got if n != "stop") == list(range(60)) and got.count("stop") == 5
+
+
+def test_a_message_wakes_one_of_the_waiting_workers(server, pd):
+    polls = [in_background(Wire(server.port).get, "/msg/tasks/poll?timeout=1500") for _ in range(4)]
+    settle()
+    pd.publish("tasks", "only one")
+    messages = [poll.result(20)["message"] for poll in polls]
+    assert sorted(message is None for message in messages) == [False, True, True, True]
+
+
+def test_every_group_gets_every_message_once_from_the_oldest_kept_one(pd):
+    for number in range(6):
+        pd.publish("tasks", number)
+    for group in ("build", "audit"):
+        got = [pd.poll("tasks", group=group, timeout=1000)["message"]["payload"] for _ in range(6)]
+        assert got == list(range(6))
+        assert pd.poll("tasks", group=group, timeout=20)["message"] is None
+    assert pd.poll("tasks", timeout=1000)["message"]["payload"] == 0  # the group without a name is one more
+
+
+@pytest.mark.parametrize("how", ["closed", "half-closed", "reset"])
+def test_a_poller_that_hung_up_takes_no_message(server, pd, how):
+    line = Line(server.port)
+    line.send(b"GET /msg/tasks/poll?timeout=20000 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    settle()
+    if how == "half-closed":
+        line.socket.shutdown(socket.SHUT_WR)
+    elif how == "reset":
+        line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        line.file.close()
+        line.socket.close()
+    else:
+        line.close()
+    sent = pd.publish("tasks", "precious")["id"]
+    assert pd.poll("tasks", timeout=10_000)["message"]["id"] == sent
+    if how == "half-closed":
+        assert b"precious" not in line.rest()
+        line.close()
+
+
+def test_a_poll_in_vain_says_so_with_null(wire):
+    answer = wire.get("/msg/empty/poll?timeout=20")
+    assert answer.status == 200 and answer["message"] is None
+
+
+def test_a_cursor_consumes_nothing(pd):
+    ids = [pd.publish("news", number)["id"] for number in range(3)]
+    for _ in range(2):
+        after, got = 0, []
+        for _ in range(3):
+            answer = pd.poll("news", after=after, timeout=1000)
+            got.append(answer["message"]["id"])
+            after = answer["lastId"]
+        assert got == ids
+    assert pd.poll("news", timeout=1000)["message"]["id"] == ids[0]
+
+
+def test_a_cursor_waits_for_what_is_not_there_yet(server, pd):
+    last = pd.publish("news", "old")["id"]
+    poll = in_background(PortDaddy(url=server.url).poll, "news", after=last, timeout=20_000)
+    settle()
+    sent = pd.publish("news", "new")["id"]
+    answer = poll.result(20)
+    assert (answer["message"]["id"], answer["lastId"]) == (sent, sent)
+
+
+def test_a_cursor_and_a_group_together_are_refused(wire):
+    refused = wire.get("/msg/news/poll?after=0&group=a")
+    assert refused.status == 400 and "after" in refused["error"] and "group" in refused["error"]
+
+
+def test_a_cursor_poll_knows_patterns(pd):
+    sent = pd.publish("build:linux", "done")["id"]
+    pd.publish("test:linux", "done")
+    answer = pd.poll("build:*", after=0, timeout=1000)
+    assert (answer["message"]["id"], answer["message"]["channel"]) == (sent, "build:linux")
+
+
+def test_a_pattern_cannot_be_worked_on_only_followed(wire):
+    refused = wire.get("/msg/build:*/poll?timeout=20")
+    assert refused.status == 400 and refused["code"] == "BAD_VALUE"
+
+
+def test_messages_are_listed_oldest_first_and_without_a_cursor_the_newest(wire):
+    ids = [wire.post("/msg/news", {"payload": n, "sender": "me"})["id"] for n in range(6)]
+    assert [m["id"] for m in wire.get("/msg/news?limit=2")["messages"]] == ids[-2:]
+    listed = wire.get(f"/msg/news?after={ids[1]}&limit=3")
+    assert [m["id"] for m in listed["messages"]] == ids[2:5] and listed["lastId"] == ids[4] and listed["count"] == 3
+    message = listed["messages"][0]
+    assert set(message) >= {"id", "channel", "payload", "sender", "createdAt"} and message["sender"] == "me"
+
+
+def test_channels_are_listed_with_their_counts(wire):
+    last = [wire.post("/msg/a", {"payload": n})["id"] for n in range(3)][-1]
+    wire.post("/msg/b", {"payload": 0})
+    for path in ("/channels", "/msg"):
+        channel = {each["channel"]: each for each in wire.get(path)["channels"]}
+        assert set(channel) == {"a", "b"} and (channel["a"]["count"], channel["a"]["lastId"]) == (3, last)
+        assert set(channel["a"]) >= {"channel", "count", "lastId", "lastMessage", "subscribers"}
+
+
+def test_a_cleared_channel_is_empty(wire):
+    for number in range(3):
+        wire.post("/msg/a", {"payload": number})
+    assert wire.delete("/msg/a")["deleted"] == 3
+    assert wire.get("/msg/a")["messages"] == [] and wire.get("/msg/a/poll?timeout=20")["message"] is None
+
+
+def test_a_message_whose_time_is_over_is_not_delivered(clock, pd):
+    pd.publish("news", "short", expires=1000)
+    pd.publish("news", "long")
+    clock.advance(1001)
+    assert [m["payload"] for m in pd.get_messages("news")["messages"]] == ["long"]
+    assert pd.poll("news", timeout=1000)["message"]["payload"] == "long"
+
+
+# ---- channels: streams ----------------------------------------------------------------------------------------------
+
+
+def test_a_stream_starts_now_and_numbers_its_events(server, pd):
+    pd.publish("news", "old")
+    stream = Stream(server.port, "/msg/news/subscribe")
+    assert stream.next().kind == "connected"
+    ids = [pd.publish("news", number)["id"] for number in range(3)]
+    events = stream.messages(3)
+    assert [event.id for event in events] == ids == [event.data["id"] for event in events]
+    assert [event.data["payload"] for event in events] == [0, 1, 2]
+    stream.close()
+
+
+@pytest.mark.parametrize("how", ["after", "Last-Event-ID"])
+def test_a_stream_resumes_exactly(server, pd, how):
+    ids = [pd.publish("news", number)["id"] for number in range(5)]
+    if how == "after":
+        stream = Stream(server.port, f"/msg/news/subscribe?after={ids[1]}")
+    else:
+        stream = Stream(server.port, "/msg/news/subscribe", {"Last-Event-ID": str(ids[1])})
+    events = [stream.next() for _ in range(4)]
+    assert events[0].kind == "connected" and [event.id for event in events[1:]] == ids[2:]
+    stream.close()
+
+
+def test_a_reader_is_told_of_what_it_can_no_longer_get(server, pd):
+    ids = [pd.publish("news", number)["id"] for number in range(3)]
+    pd.clear_channel("news")
+    kept = pd.publish("news", "kept")["id"]
+    stream = Stream(server.port, f"/msg/news/subscribe?after={ids[0]}")
+    events = [event for event in (stream.next() for _ in range(3)) if event.kind != "connected"]
+    assert events[0].kind == "gap" and ids[0] <= events[0].data["from"] <= events[0].data["to"] == ids[-1]
+    assert events[1].id == kept
+    stream.close()
+    # Whoever has seen all that was dropped has no gap.
+    stream = Stream(server.port, f"/msg/news/subscribe?after={ids[-1]}")
+    assert [stream.next().kind, stream.next().id] == ["connected", kept]
+    stream.close()
+
+
+def test_a_reader_that_comes_from_another_database_is_told_to_start_anew(server, pd):
+    pd.publish("news", 1)
+    stream = Stream(server.port, "/msg/news/subscribe?after=1000000000")
+    kinds = [stream.next().kind for _ in range(2)]
+    assert set(kinds) == {"connected", "reset"}
+    pd.publish("news", 2)
+    assert [event.data["payload"] for event in stream.messages(2)] == [1, 2]  # all that this database has
+    stream.close()
+
+
+def test_a_pattern_subscribes_to_many_channels(server, pd):
+    stream = Stream(server.port, "/msg/build:*/subscribe")
+    assert stream.next().kind == "connected"
+    ids = [pd.publish(channel, 1)["id"] for channel in ("build:a", "test:a", "build:b:c", "build")]
+    assert [event.id for event in stream.messages(2)] == [ids[0], ids[2]]
+    stream.close()
+
+
+def test_subscribers_are_counted_while_they_listen(server, pd):
+    stream = Stream(server.port, "/msg/news/subscribe")
+    stream.next()
+    pd.publish("news", 1)
+    assert pd.list_channels()["channels"][0]["subscribers"] == 1
+    stream.close()
+    eventually(lambda: pd.list_channels()["channels"][0]["subscribers"] == 0)
+
+
+def test_the_log_is_a_stream_too(server, pd):
+    stream = Stream(server.port, "/events?type=lock.acquire&after=0")
+    pd.claim("a")
+    pd.lock("deploy", owner="me")
+    event = stream.messages(1)[0]
+    assert event.kind in ("lock.acquire", "message") and "deploy" in json.dumps(event.data)
+    stream.close()
+
+
+# ---- locks ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_says_all_that_is_promised(wire):
+    held = wire.post("/locks/deploy", {"owner": "a", "ttl": 60_000, "metadata": {"why": "x"}})
+    assert set(held.body) >= {"success", "name", "owner", "token", "acquiredAt", "expiresAt", "waited", "message"}
+    shown = wire.get("/locks/deploy")
+    assert shown["held"] is True and shown["waiting"] == 0 and shown["metadata"] == {"why": "x"}
+    same = ("owner", "token", "acquiredAt", "expiresAt")
+    assert [shown[field] for field in same] == [held[field] for field in same]
+    refused = wire.post("/locks/deploy", {"owner": "b"})
+    assert (refused.status, refused["code"], refused["holder"]) == (409, "LOCK_HELD", "a")
+    assert set(refused.body) >= {"heldSince", "expiresAt", "waiting", "retryAfter"}
+    assert wire.get("/locks/never")["held"] is False
+
+
+def test_the_same_owner_is_refused_like_anybody_else(wire):
+    wire.post("/locks/deploy", {"owner": "a"})
+    again = wire.post("/locks/deploy", {"owner": "a"})
+    assert (again.status, again["code"]) == (409, "LOCK_HELD")
+
+
+def test_waiters_are_served_first_come_first_served(server, pd):
+    token = pd.lock("deploy", owner="holder")["token"]
+    order, waits = [], []
+
+    def wait(name):
+        own = PortDaddy(url=server.url, agent_id=name)
+        held = own.lock("deploy", owner=name, wait=60_000)
+        order.append((name, held["token"]))
+        own.unlock("deploy", owner=name)
+
+    for number in range(5):
+        waits.append(in_background(wait, f"waiter-{number}"))
+        eventually(lambda number=number: pd.check_lock("deploy")["waiting"] == number + 1)
+    pd.unlock("deploy", token=token)
+    for each in waits:
+        each.result(30)
+    assert [name for name, _ in order] == [f"waiter-{n}" for n in range(5)]
+    tokens = [token] + [token for _, token in order]
+    assert tokens == sorted(set(tokens))
+
+
+def test_a_newcomer_does_not_overtake_those_who_wait(server, pd):
+    pd.lock("deploy", owner="holder")
+    waiter = in_background(PortDaddy(url=server.url).lock, "deploy", owner="waiter", wait=20_000)
+    eventually(lambda: pd.check_lock("deploy")["waiting"] == 1)
+    pd.unlock("deploy", owner="holder")
+    with pytest.raises(PortDaddyError) as refused:
+        pd.lock("deploy", owner="newcomer")
+    assert refused.value.code == "LOCK_HELD"
+    assert waiter.result(20)["owner"] == "waiter"
+
+
+@pytest.mark.parametrize("how", ["closed", "half-closed"])
+def test_a_waiter_that_hung_up_is_never_granted(server, pd, how):
+    pd.lock("deploy", owner="holder")
+    line = Line(server.port)
+    body = b'{"owner": "gone", "wait": 60000}'
+    line.send(b"POST /locks/deploy HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    eventually(lambda: pd.check_lock("deploy")["waiting"] == 1)
+    patient = in_background(PortDaddy(url=server.url).lock, "deploy", owner="patient", wait=20_000)
+    eventually(lambda: pd.check_lock("deploy")["waiting"] == 2)
+    line.socket.shutdown(socket.SHUT_WR) if how == "half-closed" else line.close()
+    pd.unlock("deploy", owner="holder")
+    assert patient.result(20)["owner"] == "patient"
+    assert "gone" not in [facts(entry)["owner"] for entry in log(pd, "lock.acquire")]
+    line.close()
+
+
+def test_a_waiter_that_hung_up_is_noticed_while_the_lock_is_held(server, pd):
+    pd.lock("deploy", owner="holder")
+    line = Line(server.port)
+    body = b'{"owner": "gone", "wait": 60000}'
+    line.send(b"POST /locks/deploy HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    eventually(lambda: pd.check_lock("deploy")["waiting"] == 1)
+    line.close()
+    eventually(lambda: pd.check_lock("deploy")["waiting"] == 0)
+
+
+def test_a_wait_in_vain_ends_with_lock_held(wire, cli):
+    wire.post("/locks/deploy", {"owner": "a"})
+    refused = wire.post("/locks/deploy", {"owner": "b", "wait": 30})
+    assert (refused.status, refused["code"]) == (409, "LOCK_HELD")
+    assert cli("lock", "deploy", "--owner", "b", "--wait", "30ms").returncode == 5
+    assert wire.get("/locks/deploy")["waiting"] == 0
+
+
+def test_the_wrong_owner_and_an_old_token_change_nothing(wire):
+    old = wire.post("/locks/deploy", {"owner": "a"})["token"]
+    wire.delete("/locks/deploy", {"token": old})
+    held = wire.post("/locks/deploy", {"owner": "b"})
+    before = wire.get("/locks/deploy").body
+    for body, status, code in (
+            ({"owner": "a"}, 403, "NOT_OWNER"), ({"token": old}, 409, "LOCK_LOST"), (None, 403, "NOT_OWNER")):
+        refused = wire.delete("/locks/deploy", body)
+        assert (refused.status, refused["code"]) == (status, code), body
+    for body in ({"owner": "a"}, {"token": old}):
+        refused = wire.put("/locks/deploy", {**body, "ttl": 1000})
+        assert refused.status in (403, 409) and refused["code"] in ("LOCK_LOST", "NOT_OWNER")
+    assert wire.delete("/locks/deploy", {"owner": "a"})["holder"] == "b"
+    assert wire.get("/locks/deploy").body == before
+    assert wire.get(f"/locks/deploy?token={old}")["valid"] is False
+    assert wire.get(f"/locks/deploy?token={held['token']}")["valid"] is True
+
+
+def test_a_release_of_nothing_is_no_error(wire):
+    released = wire.delete("/locks/never?owner=a")
+    assert (released.status, released["released"]) == (200, False)
+
+
+def test_a_lock_without_an_owner_may_be_released_by_anybody(wire):
+    wire.post("/locks/free-for-all")
+    assert wire.delete("/locks/free-for-all")["released"] is True
+
+
+def test_the_header_says_who_is_asking_when_the_body_does_not(wire):
+    me = {"X-Agent-Id": "agent-7"}
+    assert wire.post("/locks/a", headers=me)["owner"] == "agent-7"
+    assert wire.post("/locks/b", {"owner": "other"}, headers=me)["owner"] == "other"
+    assert wire.post("/locks/c", headers={"X-Pid": "4242"})["owner"] == "pid-4242"
+    assert wire.delete("/locks/a", headers={"X-Agent-Id": "agent-8"}).status == 403
+    assert wire.delete("/locks/a", headers=me)["released"] is True
+    assert wire.post("/msg/a", {"payload": 1}, headers=me).status == 200
+    assert wire.get("/msg/a")["messages"][0]["sender"] == "agent-7"
+
+
+def test_force_breaks_a_lock_and_the_log_says_so(wire, pd):
+    wire.post("/locks/deploy", {"owner": "a"})
+    assert wire.delete("/locks/deploy?owner=b&force=true")["released"] is True
+    assert facts(log(pd, "lock.release")[0])["owner"] == "a"
+
+
+def test_an_extension_counts_from_now(clock, pd):
+    held = pd.lock("deploy", owner="a", ttl=1000)
+    clock.advance(900)
+    extended = pd.extend_lock("deploy", token=held["token"], ttl=1000)
+    assert extended["expiresAt"] == clock.wall + 1000
+    clock.advance(900)
+    assert pd.check_lock("deploy")["held"] is True and pd.check_lock("deploy")["token"] == held["token"]
+    clock.advance(101)
+    with pytest.raises(PortDaddyError) as lost:
+        pd.extend_lock("deploy", owner="a", ttl=1000)
+    assert lost.value.code == "LOCK_LOST"
+
+
+def test_an_expiry_serves_the_next_in_the_queue(server, clock, pd):
+    first = pd.lock("deploy", owner="a", ttl=5000)["token"]
+    waiter = in_background(PortDaddy(url=server.url).lock, "deploy", owner="b", wait=30_000)
+    eventually(lambda: pd.check_lock("deploy")["waiting"] == 1)
+    clock.advance(5001)
+    assert waiter.result(20)["token"] > first
+
+
+def test_the_death_of_the_bound_process_frees_its_lock(pd, children):
+    owner = children(sys.executable, "-c", ALIVE)
+    read_line(owner.stdout)
+    pd.lock("deploy", owner="a", pid=owner.pid)
+    assert pd.check_lock("deploy")["pid"] == owner.pid
+    end(owner)
+    eventually(lambda: not pd.check_lock("deploy")["held"], 5)
+
+
+def test_a_process_that_is_named_but_not_bound_does_not_matter(wire, children):
+    owner = children(sys.executable, "-c", ALIVE)
+    read_line(owner.stdout)
+    wire.post("/locks/deploy", headers={"X-Pid": str(owner.pid)})
+    end(owner)
+    settle()
+    assert wire.get("/locks/deploy")["held"] is True
+
+
+def test_locks_are_listed_by_owner_and_by_pattern(wire):
+    for name, owner in (("db/a", "x"), ("db/b", "y"), ("web", "x")):
+        wire.post(f"/locks/{name}", {"owner": owner})
+    assert {lock["name"] for lock in wire.get("/locks?owner=x")["locks"]} == {"db/a", "web"}
+    assert {lock["name"] for lock in wire.get("/locks?pattern=db/*")["locks"]} == {"db/a", "db/b"}
+    assert wire.get("/locks")["count"] == 3
+
+
+# ---- agents ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_agent_says_all_that_is_promised(wire):
+    agent = wire.post("/agents", {"name": "Worker-1", "type": "worker", "metadata": {"k": 1}})["agentId"]
+    shown = wire.get(f"/agents/{agent}")["agent"]
+    assert set(shown) >= {"id", "name", "type", "pid", "registeredAt", "lastHeartbeat", "isActive",
+                          "timeSinceHeartbeat", "ttl", "services", "locks", "metadata"}
+    assert (shown["id"], shown["name"], shown["type"], shown["ttl"]) == (agent, "Worker-1", "worker", 120_000)
+    assert shown["isActive"] is True and shown["metadata"] == {"k": 1}
+    assert wire.get("/agents/nobody").status == 404
+
+
+def test_to_register_again_changes_only_what_is_given(clock, pd):
+    pd.register(id="a", name="One", type="worker", ttl=60_000)
+    clock.advance(1000)
+    pd.register(id="a", name="Two")
+    agent = pd.get_agent("a")["agent"]
+    assert (agent["name"], agent["type"], agent["ttl"]) == ("Two", "worker", 60_000)
+    assert agent["lastHeartbeat"] == clock.wall
+
+
+def test_heartbeats_keep_an_agent_alive(server, clock, wire):
+    wire.post("/agents", {"id": "a", "ttl": 10_000})
+    for _ in range(5):
+        clock.advance(9_000)
+        assert wire.post("/agents/a/heartbeat")["lastHeartbeat"] == clock.wall
+    assert wire.get("/agents?active=true")["count"] == 1
+
+
+def test_a_death_is_one_event_that_lists_what_was_freed(server, clock, pd, wire):
+    wire.post("/agents", {"id": "mortal", "ttl": 10_000})
+    wire.post("/agents", {"id": "other", "ttl": 100_000})
+    wire.post("/claim", {"id": "myapp:api", "agent": "mortal"})
+    wire.post("/claim", {"id": "myapp:web", "agent": "other"})
+    wire.post("/locks/deploy", {"owner": "mortal", "ttl": 600_000})
+    wire.post("/locks/kept", {"owner": "other", "ttl": 600_000})
+    waiter = in_background(Wire(server.port).post, "/locks/deploy", {"owner": "heir", "wait": 20_000}, timeout=30)
+    eventually(lambda: pd.check_lock("deploy")["waiting"] == 1)
+    clock.advance(10_001)
+    stale, = log(pd, "agent.stale")
+    told = facts(stale)
+    assert stale["targetId"] == "mortal" or told["agentId"] == "mortal"
+    assert "deploy" in json.dumps(told["locks"]) and "myapp:api" in json.dumps(told["services"])
+    assert "kept" not in json.dumps(told) and "myapp:web" not in json.dumps(told)
+    assert waiter.result(20)["owner"] == "heir"
+    assert [service["id"] for service in pd.list_services()["services"]] == ["myapp:web"]
+    assert pd.get_agent("mortal")["agent"]["isActive"] is False
+    assert [agent["id"] for agent in pd.list_agents(active_only=True)["agents"]] == ["other"]
+    assert [agent["id"] for agent in pd.list_agents()["agents"]] != ["other"]  # still listed, as inactive
+
+
+def test_a_dead_agent_that_beats_again_is_alive_again(clock, wire):
+    wire.post("/agents", {"id": "a", "ttl": 1000})
+    clock.advance(1001)
+    assert wire.get("/agents/a")["agent"]["isActive"] is False
+    assert wire.post("/agents/a/heartbeat").status == 200
+    assert wire.get("/agents/a")["agent"]["isActive"] is True
+    assert wire.post("/agents/unheard-of/heartbeat").status == 200
+    assert wire.get("/agents/unheard-of")["agent"]["isActive"] is True
+
+
+def test_an_agent_dies_with_the_process_it_is_bound_to(pd, children):
+    process = children(sys.executable, "-c", ALIVE)
+    read_line(process.stdout)
+    pd.register(id="bound", pid=process.pid)
+    pd.lock("deploy", owner="bound")
+    end(process)
+    eventually(lambda: pd.get_agent("bound")["agent"]["isActive"] is False, 5)
+    assert pd.check_lock("deploy")["held"] is False
+
+
+def test_an_agent_that_leaves_is_gone(pd):
+    pd.register(id="a", name="A")
+    assert PortDaddy(url=pd.url, agent_id="a").unregister()["unregistered"]
+    with pytest.raises(PortDaddyError) as gone:
+        pd.get_agent("a")
+    assert gone.value.code == "NOT_FOUND"
+
+
+def test_an_agent_has_no_more_than_it_may_have(wire):
+    wire.post("/agents", {"id": "a", "maxServices": 1, "maxLocks": 1})
+    assert wire.post("/claim", {"id": "one", "agent": "a"}).status == 200
+    assert wire.post("/claim", {"id": "one", "agent": "a"}).status == 200  # the same one is not one more
+    refused = wire.post("/claim", {"id": "two", "agent": "a"})
+    assert (refused.status, refused["code"], refused["current"], refused["max"]) == (429, "LIMIT", 1, 1)
+    assert wire.post("/locks/one", {"owner": "a"}).status == 200
+    assert wire.post("/locks/two", {"owner": "a"})["code"] == "LIMIT"
+
+
+# ---- webhooks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_webhook_is_kept_without_its_secret_ever_being_shown(wire, receiver, server):
+    secret = "a-secret-nobody-may-see"
+    added = wire.post("/webhooks", {"url": receiver.url, "events": ["service.claim"], "secret": secret})
+    hook = added["id"]
+    assert (added["url"], added["events"]) == (receiver.url, ["service.claim"])
+    wire.post("/claim", {"id": "a"})
+    eventually(lambda: receiver.got)
+    shown = [added, wire.get("/webhooks"), wire.get(f"/webhooks/{hook}"), wire.get(f"/webhooks/{hook}/deliveries"),
+             wire.put(f"/webhooks/{hook}", {"events": ["service.release"]}), wire.get("/activity"),
+             wire.get("/config"), wire.post(f"/webhooks/{hook}/test"), wire.delete(f"/webhooks/{hook}")]
+    assert all(answer.status == 200 for answer in shown)
+    assert not any(secret in json.dumps(answer.body) for answer in shown)
+    assert wire.get(f"/webhooks/{hook}").status == 404
+
+
+def test_a_secret_that_is_refused_is_not_repeated(wire, receiver):
+    for secret in ("short", 123456789, ["hush-hush"], "whsec_hush-hush!"):
+        refused = wire.post("/webhooks", {"url": receiver.url, "secret": secret})
+        assert refused.status == 400 and "secret" in refused["error"]
+        assert not any(told in json.dumps(refused.body) for told in ("short", "123456789", "hush-hush"))
+
+
+def test_a_secret_can_be_minted_and_is_told_once(wire, receiver):
+    added = wire.post("/webhooks", {"url": receiver.url, "events": ["service.claim"], "secret": "auto"})
+    secret = added["secret"]
+    assert secret.startswith("whsec_")
+    wire.post("/claim", {"id": "a"})
+    delivery = eventually(lambda: receiver.got)[0]
+    assert expected_signatures(delivery.headers, delivery.body, secret)[1] in delivery.headers["webhook-signature"]
+    assert secret not in json.dumps(wire.get("/webhooks").body)
+
+
+def test_a_delivery_carries_both_families_of_headers(pd, receiver):
+    pd.add_webhook(receiver.url, events=["service.claim"], secret="a-good-secret")
+    pd.claim("myapp:api")
+    delivery = eventually(lambda: receiver.got)[0]
+    headers, event = delivery.headers, delivery.event
+    assert set(event) == {"id", "event", "type", "timestamp", "data"}
+    assert event["type"] == headers["x-portdaddy-event"] == "service.claim"
+    assert headers["x-portdaddy-delivery"] == headers["webhook-id"]
+    assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
+    assert headers["content-type"].startswith("application/json")
+    assert delivery.body == json.dumps(event, separators=(",", ":"), ensure_ascii=b"\\u" in delivery.body).encode()
+    data = event["data"]
+    assert (data["serviceId"], data["existing"]) == ("myapp:api", False) and isinstance(data["port"], int)
+    ours, standard = expected_signatures(headers, delivery.body, "a-good-secret")
+    assert headers["x-portdaddy-signature"] == ours and headers["webhook-signature"] == standard
+
+
+def test_first_attempts_keep_the_order_of_the_events(pd, receiver):
+    pd.add_webhook(receiver.url, events=["lock.acquire", "lock.release"])
+    for _ in range(6):
+        pd.unlock("deploy", token=pd.lock("deploy", owner="a")["token"])
+    eventually(lambda: len(receiver.got) == 12)
+    assert receiver.types() == ["lock.acquire", "lock.release"] * 6
+    tokens = [delivery.event["data"]["token"] for delivery in receiver.got]
+    assert tokens == sorted(tokens)
+
+
+@pytest.mark.parametrize("failure", [500, 302, 404])
+def test_a_failed_delivery_is_tried_again_with_the_same_id(pd, receiver, failure):
+    receiver.behaviour = [failure]
+    hook = pd.add_webhook(receiver.url, events=["service.claim"])["id"]
+    pd.claim("a")
+    eventually(lambda: len(receiver.got) >= 2, 15)
+    assert len({delivery.headers["webhook-id"] for delivery in receiver.got}) == 1
+    assert len({delivery.body for delivery in receiver.got}) == 1
+    listed = eventually(lambda: [d for d in pd.list_deliveries(hook)["deliveries"] if d["status"] == "delivered"])[0]
+    assert set(listed) >= {"id", "event", "status", "attempts", "responseStatus", "durationMs", "nextAttemptAt",
+                           "error", "createdAt"}
+    assert (listed["id"], listed["attempts"]) == (receiver.got[0].headers["webhook-id"], 2)
+
+
+def test_a_retry_does_not_hold_up_what_comes_after(pd, receiver):
+    receiver.behaviour = [500]
+    pd.add_webhook(receiver.url, events=["service.claim"])
+    pd.claim("first")
+    eventually(lambda: receiver.got)
+    pd.claim("second")
+    eventually(lambda: len(receiver.got) == 3, 15)
+    assert [delivery.event["data"]["serviceId"] for delivery in receiver.got] == ["first", "second", "first"]
+
+
+def test_one_hanging_receiver_delays_nobody_else(pd, receiver, second_receiver):
+    receiver.behaviour = ["hang"] * 10
+    for url in (receiver.url, second_receiver.url):
+        pd.add_webhook(url, events=["service.claim"])
+    for number in range(5):
+        pd.claim(f"s{number}")
+    # An attempt may take ten seconds, and nobody else waits for it.
+    eventually(lambda: len(second_receiver.got) == 5, 8)
+    assert len(receiver.got) == 1
+
+
+def test_a_webhook_hears_only_what_it_asked_for(pd, receiver):
+    hook = pd.add_webhook(receiver.url, events=["service.claim"], filter_pattern="shop:*")["id"]
+    pd.claim("blog:api")
+    pd.lock("shop:lock", owner="a")
+    pd.claim("shop:api")
+    pd.update_webhook(hook, active=False)
+    pd.claim("shop:never")
+    pd.update_webhook(hook, active=True)
+    pd.claim("shop:web")
+    eventually(lambda: len(receiver.got) == 2)
+    assert [delivery.event["data"]["serviceId"] for delivery in receiver.got] == ["shop:api", "shop:web"]
+    counted = pd.get_webhook(hook)
+    assert (counted["successCount"], counted["failureCount"]) == (2, 0)
+
+
+def test_a_published_message_is_an_event_for_webhooks(pd, receiver):
+    pd.add_webhook(receiver.url, events=["message.publish"])
+    sent = pd.publish("news", "hello", sender="me")["id"]
+    assert eventually(lambda: receiver.got)[0].event["data"] == {"channel": "news", "id": sent, "sender": "me"}
+
+
+def test_a_webhook_can_be_tried(pd, receiver):
+    hook = pd.add_webhook(receiver.url, events=["service.release"], secret="a-good-secret")["id"]
+    pd.test_webhook(hook)
+    delivery = eventually(lambda: receiver.got)[0]
+    ours, _ = expected_signatures(delivery.headers, delivery.body, "a-good-secret")
+    assert delivery.headers["x-portdaddy-signature"] == ours
+
+
+def test_the_events_are_listed(pd):
+    assert set(re.findall(r"[a-z]+\.[a-z]+", json.dumps(pd.webhook_events()["events"]))) >= {
+        "service.claim", "service.release", "service.healthy", "service.unhealthy", "agent.register",
+        "agent.unregister", "agent.stale", "lock.acquire", "lock.release", "lock.expire", "message.publish",
+        "daemon.start", "daemon.stop"}
+
+
+@pytest.mark.parametrize("target", [
+    "http://127.0.0.1:{own}/x", "http://localhost:{own}/x", "http://[::1]:{own}/x", "http://169.254.169.254/latest",
+    "http://[::ffff:169.254.169.254]/", "http://[fe80::1]/", "http://224.0.0.1/", "http://[ff02::1]/",
+    "http://0.0.0.0:81/", "http://[::]:81/", "http://2852039166/", "http://[64:ff9b::a9fe:a9fe]/"])
+def test_a_webhook_target_may_not_be(server, wire, target):
+    refused = wire.post("/webhooks", {"url": target.format(own=server.port), "events": ["*"]})
+    assert (refused.status, refused["code"]) == (400, "TARGET_REFUSED")
+    assert wire.get("/webhooks")["count"] == 0
+
+
+def test_a_webhook_may_point_at_loopback(wire, receiver):
+    for host in ("127.0.0.1", "localhost"):
+        assert wire.post("/webhooks", {"url": f"http://{host}:{receiver.port}/x", "events": ["*"]}).status == 200
+
+
+def test_deliveries_survive_a_kill(spawned, receiver):
+    receiver.behaviour = [500] * 1000
+    pd = PortDaddy(url=spawned.url)
+    hook = pd.add_webhook(receiver.url, events=["service.claim"])["id"]
+    for number in range(5):
+        pd.claim(f"s{number}")
+    listed = {delivery["id"] for delivery in pd.list_deliveries(hook)["deliveries"]}
+    assert len(listed) == 5
+    spawned.kill()
+    receiver.behaviour = []
+    spawned.start()
+    good = eventually(lambda: (lambda ids: ids >= listed and ids)(
+        {d.headers["webhook-id"] for d in list(receiver.got) if d.answered == 200}), 20)
+    assert good == listed
+    assert {d["id"] for d in PortDaddy(url=spawned.url).list_deliveries(hook)["deliveries"]} == listed
+
+
+def signed_headers(body, secret, at):
+    """Headers as a sender of the second family would make them at that time, in seconds."""
+    headers = {"webhook-id": "dlv_1", "webhook-timestamp": str(int(at)), "X-PortDaddy-Timestamp": str(int(at * 1000)),
+               "X-PortDaddy-Delivery": "dlv_1", "X-PortDaddy-Event": "service.claim"}
+    ours, standard = expected_signatures(headers, body, secret)
+    return {**headers, "X-PortDaddy-Signature": ours, "webhook-signature": standard}
+
+
+@pytest.mark.parametrize("secret", ["a-good-secret", "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()])
+def test_verify_webhook_knows_the_good_from_the_bad(secret):
+    verify, body = port_daddy.verify_webhook, b'{"id":1}'
+    good = signed_headers(body, secret, time.time())
+    assert verify(good, body, secret) is True
+    assert verify({name.upper(): value for name, value in good.items()}, body, secret) is True
+    assert verify(good, body + b" ", secret) is False
+    assert verify(good, body, "whsec_" + base64.b64encode(b"another key of 24 bytes.").decode()) is False
+    assert verify({}, body, secret) is False
+    assert verify({**good, "webhook-id": "dlv_2"}, body, secret) is False
+    assert verify({**good, "webhook-signature": "v1,AAAA " + good["webhook-signature"]}, body, secret) is True
+    for odd in ("", "v1,", "v1,é", "v2," + good["webhook-signature"][3:], "garbage"):
+        assert verify({**good, "webhook-signature": odd, "X-PortDaddy-Signature": odd}, body, secret) is False
+
+
+def test_verify_webhook_refuses_what_is_old_or_from_the_future():
+    body = b"{}"
+    for seconds in (-600, 600):
+        headers = signed_headers(body, "a-good-secret", time.time() + seconds)
+        assert port_daddy.verify_webhook(headers, body, "a-good-secret") is False
+        assert port_daddy.verify_webhook(headers, body, "a-good-secret", tolerance=3_600_000) is True
+
+
+def test_verify_webhook_accepts_what_the_daemon_sends(pd, receiver):
+    pd.add_webhook(receiver.url, events=["service.claim"], secret="a-good-secret")
+    pd.claim("a")
+    delivery = eventually(lambda: receiver.got)[0]
+    assert port_daddy.verify_webhook(delivery.headers, delivery.body, "a-good-secret") is True
+    assert port_daddy.verify_webhook(delivery.headers, delivery.body, "secret") is False
+
+
+# ---- the log and the rest -------------------------------------------------------------------------------------------
+
+
+def test_the_log_is_newest_first_and_can_be_filtered(pd):
+    pd.claim("a", agent="me")
+    pd.lock("deploy", owner="me")
+    pd.publish("news", 1)
+    entries = pd.get_activity()["entries"]
+    assert [entry["id"] for entry in entries] == sorted((entry["id"] for entry in entries), reverse=True)
+    types = [entry["type"] for entry in entries]
+    assert types[:2] == ["lock.acquire", "service.claim"] and "message.publish" not in types
+    assert set(entries[0]) >= {"id", "timestamp", "type", "agentId", "targetId", "details", "metadata"}
+    assert [entry["targetId"] for entry in pd.get_activity(agent="me", limit=1)["entries"]] == ["deploy"]
+    assert [entry["type"] for entry in pd.get_activity(target="a")["entries"]] == ["service.claim"]
+    assert [entry["type"] for entry in pd.get_activity(after=entries[1]["id"])["entries"]] == ["lock.acquire"]
+    assert pd.get_activity(since=int(time.time() * 1000) + 60_000)["entries"] == []
+
+
+def test_a_claim_that_changes_nothing_is_no_event(pd):
+    for _ in range(3):
+        pd.claim("a")
+    assert len(log(pd, "service.claim")) == 1
+
+
+def test_the_daemon_tells_about_itself(pd, server):
+    health = pd.health()
+    assert health["pid"] == os.getpid() and health["active_ports"] == 0 and health["version"] == port_daddy.__version__
+    assert "success" not in health and health["uptime_seconds"] >= 0
+    version = pd.version()
+    assert version["service"] == "port-daddy" and version["version"] == port_daddy.__version__
+    assert set(version) >= {"protocol", "instance", "sha256", "startedAt", "pid", "uptime", "python"}
+    assert version["sha256"] == hashlib.sha256(MODULE.read_bytes()).hexdigest() and "codeHash" not in version
+    assert pd.ping() and isinstance(pd.metrics(), dict) and pd.config()
+
+
+# ---- bad input, made from the table of operations -------------------------------------------------------------------
+
+FLAG = ["maybe", 2, [], {}]
+NUMBER = ["abc", -1, 1.5, True, [], {}, "1e3", "٣"]
+NAME = ["", "a b", "x" * 101, "..", "é", "a\0b", [], {}, True]
+TEXT = [5, [], {}, True]
+OBJECT = ["text", 5, [], True, {"k": "x" * 11_000}]
+SPAN = [-1, "", "soon", "60 parsecs", True, [], {}, 10 ** 30]
+ADDRESS = ["", "nonsense", "ftp://host/", "http://", "javascript:alert(1)", 5, [], {}, "http://a b/"]
+
+# For each field by its name on the wire: values that no operation may accept. What a query can carry is tried as text.
+BAD_VALUES = {
+    **dict.fromkeys(["exact", "move", "force", "expired", "active", "rangeOnly", "unmanagedOnly"], FLAG),
+    **dict.fromkeys(["agent", "owner", "sender", "checkedBy", "group", "agentId", "channel"], NAME),
+    **dict.fromkeys(["limit", "after", "token"], [*NUMBER, 10 ** 30]),
+    **dict.fromkeys(["maxServices", "maxLocks"], NUMBER),
+    **dict.fromkeys(["since", "until"], NUMBER[:3]),
+    **dict.fromkeys(["cmd", "cwd", "filterPattern"], TEXT),
+    **dict.fromkeys(["name", "type"], [*TEXT, "x" * 2000]),
+    **dict.fromkeys(["expires", "ttl"], SPAN),
+    **dict.fromkeys(["url", "health"], ADDRESS),
+    "id": ["", "a b", "a/b", "x" * 200, "..", "é", 5, [], {}, True],
+    "pattern": ["", "a b", "é", 5, [], {}],
+    "pair": ["", "a b", 5, [], {}],
+    "services": [[], ["a b"], [5], {}, 5],
+    "port": [*NUMBER, 0, 65536, 10 ** 30],
+    "range": ["abc", [1], [9, 3], [0, 70_000], {}, [1, 2, 3], ["a", "b"], True],
+    "pid": [*NUMBER, 0, 10 ** 30],
+    "wait": [*SPAN, 3_600_001],
+    "timeout": [*SPAN, 300_001],
+    "latency": ["abc", -1, True, [], {}],
+    "status": ["flying", "", 5, [], {}],
+    "error": TEXT,
+    "env": ["a b", "..", "x" * 200],
+    "events": [["no.such.event"], [5], {}, 5, [[]], "no.such.event"],
+    "secret": ["", 5, [], {}],
+    "metadata": OBJECT,
+    "target": [[], {}],
+}
+# The path parameters have names of their own; these are the values with which a request is otherwise good.
+GOOD_PATH = {"hook": "1", "webhook": "1"}
+GOOD_BODY = {"id": "good:api", "payload": 1, "url": "https://example.org/", "services": ["good"], "owner": "good"}
+
+
+def wire_name(name):
+    head, *tail = name.rstrip("_").split("_")
+    return head + "".join(part.capitalize() for part in tail)
+
+
+def operation_cases():
+    """Every field of every operation with every bad value of its name."""
+    for operation in port_daddy.OPERATIONS:
+        method, path = operation.routes[0]
+        in_path = re.findall(r"{(\w+)", path)
+        for name in operation.fields:
+            for value in BAD_VALUES.get(wire_name(name), []):
+                if name in in_path and (not isinstance(value, str) or value == ""):
+                    continue
+                if method == "GET" and (value in (5, True) or not isinstance(value, (str, int, float))):
+                    continue  # a query holds texts, and "5" and "true" are texts like others
+                yield operation, name, value
+
+
+def request_with(operation, changed):
+    """An otherwise good request for this operation, with these fields changed."""
+    method, path = operation.routes[0]
+    required = [name for name, field in operation.fields.items() if field.required]
+    values = {name: GOOD_BODY.get(wire_name(name), "good") for name in required}
+    values.update({name: GOOD_PATH.get(name, "good") for name in re.findall(r"{(\w+)", path)})
+    values.update(changed)
+    for name in re.findall(r"{(\w+)", path):
+        text = urllib.parse.quote(str(values.pop(name)), safe="")
+        path = re.sub(rf"{{{name}[^}}]*}}", text, path)  # percent-encoded: nothing in it means anything to `re`
+    sent = {wire_name(name): value for name, value in values.items()}
+    if method == "GET":
+        return method, path + ("?" + urllib.parse.urlencode(sent) if sent else ""), None
+    return method, path, sent
+
+
+def test_every_field_of_every_operation_has_bad_values_to_be_tried():
+    fields = {wire_name(name) for operation in port_daddy.OPERATIONS for name in operation.fields}
+    assert fields - set(BAD_VALUES) <= {"payload"}
+
+
+def test_no_bad_value_of_any_field_is_accepted_or_changes_anything(wire):
+    wire.post("/claim", {"id": "good"})
+    wire.post("/agents", {"id": "good"})
+    wire.post("/locks/good", {"owner": "good"})
+    before, wrong = fingerprint(wire), []
+    for operation, name, value in operation_cases():
+        if name in ("id", "pattern") and operation.name in ("release", "list_services", "list_locks") and value == "":
+            continue
+        method, path, body = request_with(operation, {name: value})
+        answer = wire(method, path, body)
+        told = f"{method} {path[:120]} {str(body)[:120]} -> {answer.status} {str(answer.body)[:200]}"
+        if answer.status not in (400, 413):
+            wrong.append(told)
+        elif wire_name(name) not in answer["error"]:
+            wrong.append("unnamed: " + told)
+    after = fingerprint(wire)
+    assert not wrong, "\n".join([f"{len(wrong)} wrong:", *wrong])
+    assert after == before
+
+
+@pytest.mark.parametrize("operation", port_daddy.OPERATIONS, ids=lambda operation: operation.name)
+def test_an_unknown_field_is_refused_by_its_name(wire, operation):
+    before = fingerprint(wire)
+    method, path, body = request_with(operation, {})
+    if method == "GET":
+        path += ("&" if "?" in path else "?") + "zorn=1"
+    else:
+        body = {**body, "zorn": 1}
+    refused = wire(method, path, body)
+    assert (refused.status, refused["code"]) == (400, "UNKNOWN_FIELD")
+    assert "zorn" in refused["error"] and port_daddy.__version__ in refused["error"]
+    assert fingerprint(wire) == before
+
+
+@pytest.mark.parametrize("path, body, meant", [
+    ("/claim", {"id": "a", "prot": 3333}, "port"), ("/locks/a", {"ownr": "a"}, "owner"),
+    ("/agents", {"nmae": "x"}, "name"),
+    ("/locks/a", {"meta_data": {}}, "metadata")])
+def test_a_misspelt_field_is_answered_with_the_one_that_was_meant(wire, path, body, meant):
+    refused = wire.post(path, body)
+    assert refused["code"] == "UNKNOWN_FIELD" and f"{meant}" in refused["error"]
+
+
+def test_a_query_field_given_twice_is_refused(wire):
+    assert wire.get("/services?pattern=a&pattern=b").status == 400
+
+
+def test_a_required_field_that_is_missing_is_named(wire):
+    for operation in port_daddy.OPERATIONS:
+        method, path, body = request_with(operation, {})
+        for name, field in operation.fields.items():
+            if field.required and "{" + name not in operation.routes[0][1] and body:
+                without = {key: value for key, value in body.items() if key != wire_name(name)}
+                refused = wire(method, path, without)
+                assert refused.status == 400 and wire_name(name) in refused["error"], (operation.name, name, refused)
+
+
+# =====================================================================================================================
+# 10. WORKERS — the loops beside the requests
+# =====================================================================================================================
+
+
+def test_nobody_has_to_ask_for_a_lease_to_end(server, pd, receiver):
+    pd.add_webhook(receiver.url, events=["lock.expire"])
+    pd.lock("deploy", owner="a", ttl=30)
+    assert eventually(lambda: receiver.got)[0].event["data"]["lockName"] == "deploy"
+
+
+def test_a_server_ends_all_that_it_started(make_server):
+    before = threading.active_count()
+    server = make_server()
+    pd = PortDaddy(url=server.url)
+    pd.add_webhook("http://127.0.0.1:9/", events=["*"])  # the discard port: nobody answers
+    pd.claim("a")
+    poll = in_background(Wire(server.port).get, "/msg/tasks/poll?timeout=30000")
+    stream = Stream(server.port, "/msg/tasks/subscribe")
+    settle()
+    began = time.monotonic()
+    make_server.stop(server)
+    assert time.monotonic() - began < 6
+    assert poll.result(10).status == 503
+    stream.close()
+    eventually(lambda: threading.active_count() <= before, 8)
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", server.port), timeout=5)
+
+
+def test_a_start_and_a_stop_are_events(make_server, tmp_path):
+    server = make_server(home=tmp_path / "kept")
+    make_server.stop(server)
+    pd = PortDaddy(url=make_server(home=tmp_path / "kept").url)
+    assert len(log(pd, "daemon.start")) == 2 and len(log(pd, "daemon.stop")) == 1
+    assert facts(log(pd, "daemon.start")[0])["version"] == port_daddy.__version__
+
+
+# =====================================================================================================================
+# 11. HTTP — bytes and their refusal
+# =====================================================================================================================
+
+CANARY = b"POST /msg/canary HTTP/1.1\r\nHost: localhost\r\nContent-Length: 13\r\n\r\n" + b'{"payload":1}'
+
+
+def request_bytes(method="GET", path="/health", body=b"", version="1.1", **headers):
+    """A well-formed request; a header given as None is left out."""
+    named = {"Host": "localhost", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    if body and "Content-Length" not in named:
+        named["Content-Length"] = str(len(body))
+    lines = [f"{method} {path} HTTP/{version}"]
+    lines += [f"{name}: {value}" for name, value in named.items() if value is not None]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def test_one_connection_serves_many_requests(server):
+    line = Line(server.port)
+    for number in range(20):
+        assert line.send(request_bytes("POST", "/msg/a", b'{"payload":%d}' % number)).reply().status == 200
+    assert line.send(request_bytes(path="/msg/a")).reply()["count"] == 20
+    line.close()
+
+
+def test_pipelined_requests_are_answered_in_order(server):
+    line = Line(server.port)
+    line.send(b"".join(request_bytes("POST", f"/msg/c{n}", b'{"payload":1}') for n in range(10)))
+    assert [line.reply()["channel"] for _ in range(10)] == [f"c{n}" for n in range(10)]
+    line.close()
+
+
+def test_a_request_may_arrive_byte_by_byte(server):
+    line = Line(server.port)
+    for byte in request_bytes("POST", "/msg/a", b'{"payload":"drip"}'):
+        line.send(bytes([byte]))
+    assert line.reply().status == 200
+    line.close()
+
+
+def test_a_daemon_listens_on_both_loopbacks(server):
+    for family in ("127.0.0.1", "::1"):
+        line = Line(server.port, family)
+        assert line.send(request_bytes()).reply().status == 200
+        line.close()
+
+
+def test_http_1_0_and_connection_close_end_the_connection(raw):
+    assert b" 200 " in raw(b"GET /health HTTP/1.0\r\n\r\n").split(b"\r\n")[0]
+    assert b" 200 " in raw(request_bytes(Connection="close")).split(b"\r\n")[0]
+
+
+def test_every_reply_names_its_server(server, raw):
+    for data in (request_bytes(Connection="close"), request_bytes(path="/nowhere", Connection="close"),
+                 b"nonsense\r\n\r\n", request_bytes(Host="evil.example"), request_bytes("BREW", Connection="close")):
+        reply = raw(data)
+        found = re.search(rb"\r\nServer: port-daddy/(\S+) protocol/\d+ instance/\S+\r\n", reply)
+        assert found and found[1].decode() == port_daddy.__version__, reply
+
+
+HEAD = b"POST /msg/a HTTP/1.1\r\nHost: localhost\r\n"
+BODY = b'\r\n\r\n{"payload":1}'
+BAD_FRAMES = {
+    "lines that end in a bare LF": (400, b"GET /health HTTP/1.1\nHost: localhost\n\n"),
+    "one line that ends in a bare LF": (400, HEAD + b"X: y\nContent-Length: 13" + BODY),
+    "a bare CR in a header": (400, HEAD + b"X: a\rY: b\r\nContent-Length: 13" + BODY),
+    "a NUL in a header": (400, HEAD + b"X: a\0b\r\nContent-Length: 13" + BODY),
+    "a control in a header": (400, HEAD + b"X: a\x01b\r\nContent-Length: 13" + BODY),
+    "a folded header": (400, HEAD + b"X: a\r\n b\r\nContent-Length: 13" + BODY),
+    "a line without a colon": (400, HEAD + b"nonsense\r\nContent-Length: 13" + BODY),
+    "space before the colon": (400, HEAD + b"Content-Length : 13" + BODY),
+    "space inside a name": (400, HEAD + b"Content Length: 13" + BODY),
+    "a header without a name": (400, HEAD + b": x\r\nContent-Length: 13" + BODY),
+    "two hosts": (400, HEAD + b"Host: localhost\r\nContent-Length: 13" + BODY),
+    "no host": (400, b"POST /msg/a HTTP/1.1\r\nContent-Length: 13" + BODY),
+    "two lengths": (400, HEAD + b"Content-Length: 13\r\nContent-Length: 14" + BODY),
+    "the same length twice": (400, HEAD + b"Content-Length: 13\r\nContent-Length: 13" + BODY),
+    "a list of lengths": (400, HEAD + b"Content-Length: 13, 13" + BODY),
+    "a length with a sign": (400, HEAD + b"Content-Length: +13" + BODY),
+    "a negative length": (400, HEAD + b"Content-Length: -1" + BODY),
+    "a length in hexadecimal": (400, HEAD + b"Content-Length: 0xd" + BODY),
+    "a length with an underscore": (400, HEAD + b"Content-Length: 1_3" + BODY),
+    "an empty length": (400, HEAD + b"Content-Length:" + BODY),
+    "a length in other digits": (400, HEAD + "Content-Length: ١٣".encode() + BODY),
+    "a length and chunks": (400, HEAD + b"Content-Length: 13\r\nTransfer-Encoding: chunked" + BODY),
+    "another coding": (501, HEAD + b"Transfer-Encoding: gzip" + BODY),
+    "chunks of something": (501, HEAD + b"Transfer-Encoding: gzip, chunked" + BODY),
+    "a coding that is almost chunked": (501, HEAD + b"Transfer-Encoding: xchunked" + BODY),
+    "two spaces in the request line": (400, b"GET  /health HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    "a tab in the request line": (400, b"GET\t/health HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    "a request line of two words": (400, b"GET /health\r\nHost: localhost\r\n\r\n"),
+    "another protocol": (400, b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n"),
+    "a long version": (400, b"GET /health HTTP/1.10\r\nHost: localhost\r\n\r\n"),
+    "a fragment": (400, b"GET /health#x HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    "a target beyond ASCII": (400, "GET /msg/é HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()),
+    "a NUL in the target": (400, b"GET /msg/\0 HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    "a greeting in TLS": (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("title", BAD_FRAMES)
+def test_a_frame_that_is_not_strict_is_refused_and_what_follows_is_not_run(server, wire, title):
+    status, data = BAD_FRAMES[title]
+    line = Line(server.port)
+    reply = line.send(data + CANARY).reply()
+    assert reply.status == status and reply["success"] is False and reply["code"]
+    assert reply.headers["connection"] == "close" and line.closes()
+    line.close()
+    assert wire.get("/channels")["count"] == 0
+
+
+def test_a_chunked_body_is_read_or_refused_but_never_misread(server, wire):
+    line = Line(server.port)
+    reply = line.send(HEAD + b'Transfer-Encoding: chunked\r\n\r\nd\r\n{"payload":1}\r\n0\r\n\r\n' + CANARY).reply()
+    assert reply.status in (200, 501)
+    if reply.status == 501:
+        assert line.closes() and wire.get("/channels")["count"] == 0
+    else:
+        assert wire.get("/msg/a")["messages"][0]["payload"] == 1
+    line.close()
+
+
+@pytest.mark.parametrize("status, data", [
+    (414, request_bytes(path="/" + "a" * 9000)), (431, request_bytes(X="y" * 9000)),
+    (431, request_bytes(**{f"X_{n}": "y" for n in range(101)})),
+    (431, request_bytes(**{f"X_{n}": "y" * 3000 for n in range(12)})),
+    (413, request_bytes("POST", "/msg/a", Content_Length=1024 * 1024 + 1)),
+    (413, request_bytes("POST", "/msg/a", Content_Length="9" * 30)),
+], ids=["target", "header line", "many headers", "large headers", "large body", "absurd body"])
+def test_whatever_is_too_large_is_refused_before_it_is_read(server, status, data):
+    line = Line(server.port)
+    assert line.send(data).reply().status == status
+    assert line.closes()
+    line.close()
+
+
+def test_a_body_of_one_mib_is_read(server):
+    line = Line(server.port)
+    body = b'{"payload":1}'.ljust(1024 * 1024)
+    assert line.send(request_bytes("POST", "/msg/a", body)).reply().status == 200
+    line.close()
+
+
+def test_a_reply_before_the_body_was_read_closes_the_connection(server, wire):
+    line = Line(server.port)
+    head = request_bytes("POST", "/msg/a", Host="evil.example", Content_Length=len(CANARY))
+    assert line.send(head + CANARY).reply().status == 403
+    assert line.closes()
+    line.close()
+    assert wire.get("/channels")["count"] == 0
+
+
+def test_expect_100_continue_is_answered(server):
+    line = Line(server.port)
+    line.send(request_bytes("POST", "/msg/a", Content_Length=13, Expect="100-continue"))
+    assert line.file.readline() == b"HTTP/1.1 100 Continue\r\n" and line.file.readline() == b"\r\n"
+    assert line.send(b'{"payload":1}').reply().status == 200
+    line.close()
+
+
+def test_a_known_path_with_the_wrong_method_says_which_are_right(wire):
+    refused = wire.put("/claim")
+    assert (refused.status, refused["code"]) == (405, "METHOD_NOT_ALLOWED") and refused.headers["allow"] == "POST"
+    allowed = {word.strip() for word in wire("PATCH", "/locks/a").headers["allow"].split(",")}
+    assert allowed >= {"GET", "POST", "PUT", "DELETE"}
+
+
+def test_an_unknown_path_is_404_and_an_unknown_method_501(wire, server):
+    for path in ("/nowhere", "/claim/", "/msg/a/b/c", "/CLAIM", "//claim", "/msg/%2e%2e"):
+        answer = wire.post(path)
+        assert answer.status in (400, 404) and answer["success"] is False, path
+    line = Line(server.port)
+    for method in ("BREW", "get"):
+        reply = line.send(request_bytes(method)).reply()
+        assert (reply.status, reply["code"]) == (501, "NOT_IMPLEMENTED")
+        if reply.headers.get("connection") == "close":
+            line.close()
+            line = Line(server.port)
+    line.close()
+
+
+def test_a_path_is_split_first_and_decoded_then(wire):
+    wire.post("/claim", {"id": "myapp:api"})
+    assert wire.get("/services/myapp%3Aapi").status == 200
+    assert wire.get("/services%2Fmyapp:api").status == 404
+    assert wire.get("/services/my%zzapp").status == 400
+
+
+def test_a_head_request_has_no_body(server):
+    line = Line(server.port)
+    line.send(request_bytes("HEAD") + request_bytes())
+    head = line.file.readline()
+    assert head.split()[1] in (b"200", b"405", b"501")
+    for _header in iter(line.file.readline, b"\r\n"):
+        pass
+    assert line.file.readline().startswith(b"HTTP/1.1 ") or head.split()[1] == b"501"
+    line.close()
+
+
+BAD_JSON = {
+    "nothing": b"", "not JSON": b"payload=1", "cut off": b'{"payload":', "a trailing comma": b'{"payload":1,}',
+    "something after it": b'{"payload":1} x', "a name twice": b'{"payload":1,"payload":2}',
+    "a name twice, deeper": b'{"payload":{"a":1,"a":2}}', "NaN": b'{"payload":NaN}',
+    "Infinity": b'{"payload":-Infinity}',
+    "a number that is infinite": b'{"payload":1e999}', "a byte order mark": b'\xef\xbb\xbf{"payload":1}',
+    "half a surrogate": b'{"payload":"\\ud800"}', "half a surrogate in a name": b'{"payload":{"\\udc00":1}}',
+    "bytes that are not UTF-8": b'{"payload":"\xff"}', "a surrogate in UTF-8": b'{"payload":"\xed\xa0\x80"}',
+    "depth of 65": b'{"payload":' + b"[" * 65 + b"]" * 65 + b"}", "depth without end": b'{"payload":' + b"[" * 100_000,
+    "an integer of 301 digits": b'{"payload":' + b"9" * 301 + b"}", "a control in a string": b'{"payload":"a\nb"}',
+    "single quotes": b"{'payload':1}", "a comment": b'{"payload":1/**/}', "a leading zero": b'{"payload":01}',
+}
+
+
+@pytest.mark.parametrize("title", BAD_JSON)
+def test_json_is_strict(server, wire, title):
+    line = Line(server.port)
+    reply = line.send(request_bytes("POST", "/msg/a", BAD_JSON[title], Content_Length=len(BAD_JSON[title]))).reply()
+    # An empty body is an empty object to some; then what is missing is the payload.
+    assert reply.status == 400 and (reply["code"] == "BAD_JSON" or title == "nothing"), reply
+    line.close()
+    assert wire.get("/channels")["count"] == 0
+
+
+def test_json_that_is_just_inside_the_limits_is_taken(server):
+    line = Line(server.port)
+    for body in (b'{"payload":' + b"[" * 60 + b"]" * 60 + b"}", b'{"payload":' + b"9" * 300 + b"}",
+                 b' {"payload":"\\ud83d\\ude00"}\r\n', b'{"payload":-0.0}'):
+        assert line.send(request_bytes("POST", "/msg/a", body)).reply().status == 200, body[:40]
+    line.close()
+
+
+@pytest.mark.parametrize("body", [b"[]", b"1", b'"x"', b"null", b"true"])
+def test_a_body_is_an_object(raw, body):
+    assert raw(request_bytes("POST", "/msg/a", body, Connection="close")).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("kind, status", [
+    ("application/json", 200), ("application/json; charset=utf-8", 200), ("application/vnd.x+json", 200), (None, 200),
+    ("application/x-www-form-urlencoded", 200), ("text/plain", 415), ("multipart/form-data; boundary=x", 415)])
+def test_a_body_comes_under_a_type_that_no_foreign_form_can_send(server, kind, status):
+    line = Line(server.port)
+    reply = line.send(request_bytes("POST", "/msg/a", b'{"payload":1}', Content_Type=kind)).reply()
+    assert reply.status == status
+    assert status == 200 or reply["code"] == "UNSUPPORTED_MEDIA"
+    line.close()
+
+
+# ---- the gate -------------------------------------------------------------------------------------------------------
+
+ROUTES = [("GET", "/health"), ("GET", "/services"), ("POST", "/claim"), ("PUT", "/locks/a"),
+          ("DELETE", "/release?id=a"), ("DELETE", "/msg/a"), ("OPTIONS", "/claim"), ("GET", "/msg/a/subscribe"),
+          ("GET", "/nowhere"), ("BREW", "/claim")]
+HOSTILE = [
+    ("HOST_NOT_ALLOWED", {"Host": "evil.example"}), ("HOST_NOT_ALLOWED", {"Host": "localhost.evil.example"}),
+    ("HOST_NOT_ALLOWED", {"Host": "0.0.0.0"}), ("HOST_NOT_ALLOWED", {"Host": "localhost."}),
+    ("HOST_NOT_ALLOWED", {"Host": "127.1"}), ("HOST_NOT_ALLOWED", {"Host": "[::ffff:127.0.0.1]"}),
+    ("HOST_NOT_ALLOWED", {"Host": "localhost6:9876"}), ("HOST_NOT_ALLOWED", {"Host": "localhost@evil.example"}),
+    ("HOST_NOT_ALLOWED", {"Host": ""}),
+    ("ORIGIN_NOT_ALLOWED", {"Origin": "https://evil.example"}), ("ORIGIN_NOT_ALLOWED", {"Origin": "null"}),
+    ("ORIGIN_NOT_ALLOWED", {"Origin": "http://localhost:1"}), ("ORIGIN_NOT_ALLOWED", {"Origin": ""}),
+    ("CROSS_SITE", {"Sec-Fetch-Site": "cross-site"}), ("CROSS_SITE", {"Sec-Fetch-Site": "same-site"}),
+    ("CROSS_SITE", {"Sec-Fetch-Site": "nonsense"}),
+]
+
+
+@pytest.mark.parametrize("method, path", ROUTES)
+def test_a_web_page_gets_nothing_whatever_it_asks(server, wire, method, path):
+    wire.post("/claim", {"id": "a"})
+    wire.post("/msg/a", {"payload": 1})
+    wire.post("/locks/a", {"owner": "a"})
+    before = fingerprint(wire)
+    for code, headers in HOSTILE:
+        named = {name.replace("-", "_"): value for name, value in headers.items()}
+        line = Line(server.port)
+        body = b'{"id":"b","owner":"a"}' if method in ("POST", "PUT") else b""
+        reply = line.send(request_bytes(method, path, body, **named)).reply()
+        # An OPTIONS is a question that only foreign pages ask, so it may be refused for that alone.
+        assert reply.status == 403 and (reply["code"] == code or method == "OPTIONS"), (headers, reply)
+        assert not any(name.startswith("access-control") for name in reply.headers)
+        assert line.closes(), headers
+        line.close()
+    assert fingerprint(wire) == before
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "localhost:1", "127.0.0.1:9876", "[::1]", "[::1]:80"])
+def test_a_loopback_name_passes_with_any_port(server, host):
+    line = Line(server.port)
+    assert line.send(request_bytes(Host=host)).reply().status == 200
+    same = request_bytes(Host=host, Origin=f"http://{host}", Sec_Fetch_Site="same-origin")
+    assert line.send(same).reply().status == 200
+    assert line.send(request_bytes(Host=host, Sec_Fetch_Site="none")).reply().status == 200
+    line.close()
+
+
+def test_options_is_refused_to_everybody_who_is_not_allowed_by_name(server, wire):
+    assert wire("OPTIONS", "/claim", headers={"Origin": "http://app.example"}).status == 403
+    assert wire("OPTIONS", "/claim").status == 403
+
+
+# =====================================================================================================================
+# 12. CLIENT — the same operations from the other side
+# =====================================================================================================================
+
+
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_nobody_listening_is_a_connection_error():
+    with pytest.raises(port_daddy.ConnectionError) as problem:
+        PortDaddy(url=f"http://127.0.0.1:{unused_port()}", timeout=500).health()
+    assert isinstance(problem.value, ConnectionError) and isinstance(problem.value, PortDaddyError)
+    assert port_daddy.ConnectionError is port_daddy.DaemonUnreachable
+    assert problem.value.status == 0 and problem.value.exit_status == 6
+
+
+def test_ping_never_raises(pd):
+    assert pd.ping() is True
+    assert PortDaddy(url=f"http://127.0.0.1:{unused_port()}", timeout=500).ping() is False
+
+
+def test_an_error_carries_status_code_and_body(pd):
+    pd.lock("deploy", owner="a")
+    with pytest.raises(PortDaddyError) as problem:
+        pd.lock("deploy", owner="b")
+    assert (problem.value.status, problem.value.code, problem.value.exit_status) == (409, "LOCK_HELD", 4)
+    assert problem.value.body["holder"] == "a" and problem.value.body["success"] is False
+
+
+def test_the_environment_names_the_daemon_and_the_agent(server, monkeypatch):
+    monkeypatch.setenv("PORT_DADDY_URL", server.url)
+    monkeypatch.setenv("PORT_DADDY_AGENT", "agent-env")
+    pd = PortDaddy()
+    assert pd.health()["pid"] == os.getpid() and pd.agent_id == "agent-env"
+    assert pd.lock("deploy")["owner"] == "agent-env"
+
+
+def test_a_client_without_a_name_locks_as_its_process(pd):
+    assert pd.lock("deploy")["owner"] == f"pid-{os.getpid()}"
+    assert pd.check_lock("deploy")["pid"] is None  # named, not bound
+    assert pd.unlock("deploy")["released"] is True
+
+
+def test_one_client_serves_sixteen_threads(pd):
+    def work(number):
+        for turn in range(15):
+            assert pd.claim(f"t{number}:{turn}")["id"] == f"t{number}:{turn}"
+            assert pd.publish(f"c{number}", turn)["channel"] == f"c{number}"
+        return [message["payload"] for message in pd.get_messages(f"c{number}")["messages"]]
+
+    workers = [in_background(work, number) for number in range(16)]
+    assert [worker.result(60) for worker in workers] == [list(range(15))] * 16
+    services = pd.list_services()["services"]
+    assert len(services) == len({service["port"] for service in services}) == 240
+
+
+def test_a_wait_longer_than_the_timeout_of_the_client_is_waited_for(server, pd):
+    pd.lock("deploy", owner="a")
+    impatient = PortDaddy(url=server.url, timeout=50)
+    with pytest.raises(PortDaddyError) as problem:
+        impatient.lock("deploy", owner="b", wait=300)
+    assert problem.value.code == "LOCK_HELD"
+    assert impatient.poll("empty", timeout=300)["message"] is None
+
+
+def test_a_connection_that_went_stale_over_a_restart_is_not_used(spawned):
+    pd = PortDaddy(url=spawned.url)
+    pd.claim("a")
+    for _ in range(2):
+        spawned.kill()
+        spawned.start()
+        # What was sent once is not sent again: so it must go over a fresh connection.
+        assert pd.publish("tasks", 1)["success"] is True
+
+
+def test_with_lock_frees_the_lock_even_when_the_work_fails(pd):
+    with pytest.raises(ZeroDivisionError):
+        with pd.with_lock("deploy") as held:
+            assert pd.check_lock("deploy")["token"] == held.token
+            raise ZeroDivisionError
+    assert pd.check_lock("deploy")["held"] is False
+    assert pd.with_lock("deploy", lambda: 42) == 42
+
+
+def test_with_lock_can_refuse_to_wait(pd):
+    pd.lock("deploy", owner="a")
+    with pytest.raises(PortDaddyError) as refused:
+        with pd.with_lock("deploy", wait=0):
+            raise AssertionError("this lock is held by somebody else")
+    assert refused.value.code == "LOCK_HELD"
+
+
+def test_with_lock_renews_what_it_holds(pd):
+    with pd.with_lock("deploy", ttl=400) as held:
+        first = pd.check_lock("deploy")["expiresAt"]
+        eventually(lambda: pd.check_lock("deploy")["expiresAt"] > first + 400)  # by now the first lease is over
+        assert pd.check_lock("deploy")["token"] == held.token
+
+
+def test_with_lock_says_when_the_lock_was_lost(pd, server):
+    with pytest.raises(port_daddy.LockLost) as lost:
+        with pd.with_lock("deploy", ttl=60_000):
+            PortDaddy(url=server.url, agent_id="admin").unlock("deploy", force=True)
+            pd.lock("deploy", owner="thief")
+    assert isinstance(lost.value, PortDaddyError)
+    assert pd.check_lock("deploy")["owner"] == "thief"  # and what the other one holds was left alone
+
+
+def test_a_subscription_goes_on_over_a_restart_without_loss(spawned):
+    pd = PortDaddy(url=spawned.url)
+    messages = iter(pd.subscribe("news", after=0))
+    pd.publish("news", 1)
+    assert next(messages)["payload"] == 1
+    pd.publish("news", 2)
+    spawned.kill()
+    spawned.start()
+    PortDaddy(url=spawned.url).publish("news", 3)
+    assert [in_background(next, messages).result(20)["payload"] for _ in range(2)] == [2, 3]
+
+
+def test_register_without_a_name_adopts_the_one_that_was_made(pd):
+    made = pd.register(name="Worker")["agentId"]
+    assert pd.agent_id == made
+    assert pd.lock("deploy")["owner"] == made
+    assert pd.heartbeat()["success"] is True
+
+
+def test_heartbeats_go_on_until_they_are_stopped(server, clock):
+    pd = PortDaddy(url=server.url)
+    pd.register(name="Worker", ttl=60_000)
+    beats = pd.start_heartbeat(20)
+    clock.advance(50)
+    eventually(lambda: pd.get_agent(pd.agent_id)["agent"]["lastHeartbeat"] == clock.wall)
+    beats.stop()
+    settle()
+    last = pd.get_agent(pd.agent_id)["agent"]["lastHeartbeat"]
+    clock.advance(50)
+    settle()
+    assert pd.get_agent(pd.agent_id)["agent"]["lastHeartbeat"] == last
+
+
+def test_an_url_that_is_none_is_refused():
+    for url in ("nonsense", "ftp://localhost:1", "http://", "http://localhost:99999"):
+        with pytest.raises((PortDaddyError, ValueError)):
+            PortDaddy(url=url).health()
+
+
+# =====================================================================================================================
+# 16. COMMAND LINE — what people and scripts type
+# =====================================================================================================================
+
+
+def test_quiet_commands_print_the_bare_value(cli, pd):
+    port = cli("claim", "myapp:api", "-q")
+    assert port.stdout == f"{pd.get_service('myapp:api')['port']}\n" and port.stderr == ""
+    assert cli("lock", "deploy", "--owner", "a", "-q").stdout.strip() == str(pd.check_lock("deploy")["token"])
+
+
+def test_every_listing_speaks_json(cli, pd):
+    pd.claim("a")
+    for command, field in ((["find"], "services"), (["ps"], "services"), (["services"], "services"),
+                           (["locks"], "locks"), (["agents"], "agents"), (["channels"], "channels"),
+                           (["webhook", "list"], "webhooks"), (["activity"], "entries"), (["ports"], "ports")):
+        told = cli.json(*command)
+        assert told["count"] == len(told[field]), command
+
+
+@pytest.mark.parametrize("status, command", [
+    (0, ["find"]), (0, ["release", "nothing:*"]), (2, ["claim", "a b"]), (2, ["nonsense"]), (2, ["claim"]),
+    (2, ["lock", "a", "--zorn"]),
+    (3, ["url", "no:such"]), (3, ["agent", "show", "nobody"]), (4, ["lock", "held", "--owner", "b"]),
+    (4, ["unlock", "held", "--owner", "b"]), (5, ["lock", "held", "--owner", "b", "--wait", "20ms"]),
+    (5, ["wait", "no:such", "--timeout", "20ms"]),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else str(value))
+def test_the_exit_status_tells_what_happened(cli, pd, status, command):
+    pd.lock("held", owner="a")
+    done = cli(*command)
+    assert done.returncode == status, done
+    assert status == 0 or (done.stderr.strip() and "Traceback" not in done.stderr)
+    assert status == 0 or done.stdout == ""
+
+
+def test_a_poll_in_vain_ends_with_5(cli):
+    assert cli("poll", "empty", "--timeout", "20ms").returncode == 5
+
+
+@pytest.mark.parametrize("given", ["60", "1.5", "0x10"])
+def test_a_duration_without_a_unit_is_refused_with_both_readings(cli, pd, given):
+    done = cli("lock", "deploy", "--owner", "a", "--ttl", given)
+    assert done.returncode == 2 and pd.check_lock("deploy")["held"] is False
+    if given == "60":
+        assert "60s" in done.stderr and "60ms" in done.stderr
+
+
+@pytest.mark.parametrize("typed, payload", [
+    ('{"a": 1}', {"a": 1}), ("hello world", "hello world"), ("42", 42), ('"42"', "42"), ("null", None), ("NaN", "NaN"),
+    ("{half", "{half"), ("", "")])
+def test_a_payload_is_json_where_it_parses_and_else_a_string(cli, pd, typed, payload):
+    assert cli("pub", "news", typed).returncode == 0
+    assert pd.get_messages("news")["messages"][0]["payload"] == payload
+
+
+def test_a_payload_can_come_from_stdin(cli, pd):
+    assert cli("pub", "news", "-", input='{"big": "one"}').returncode == 0
+    assert pd.get_messages("news")["messages"][0]["payload"] == {"big": "one"}
+
+
+def test_a_closed_pipe_is_silent(cli, pd, tmp_path):
+    for number in range(400):
+        pd.publish(f"channel-with-a-rather-long-name-so-that-the-pipe-is-filled-{number}", "x" * 300)
+    done = subprocess.run(
+        ["sh", "-c", f'{{ "{sys.executable}" "{MODULE}" channels --json; echo "status $?" >&2; }} | head -c 1'],
+        env=cli.environment, capture_output=True, text=True, timeout=40)
+    assert re.fullmatch(r"status (0|1|141)\n", done.stderr), done
+
+
+def test_with_lock_gives_the_status_of_its_command(cli, pd):
+    assert cli("with-lock", "deploy", "--", "sh", "-c", "exit 7").returncode == 7
+    assert pd.check_lock("deploy")["held"] is False
+    assert cli("with-lock", "deploy", "--", "no-such-program-anywhere").returncode in (1, 2, 3, 126, 127)
+    assert pd.check_lock("deploy")["held"] is False
+
+
+def test_with_lock_hands_on_stdin_stdout_and_arguments(cli):
+    done = cli("with-lock", "deploy", "--", "sh", "-c", 'cat; echo "$1" >&2', "sh", "a b", input="through\n")
+    assert (done.stdout, done.returncode) == ("through\n", 0) and "a b" in done.stderr
+
+
+def test_a_lock_of_with_lock_dies_with_it(cli, pd):
+    process = cli.start("with-lock", "deploy", "--", "sleep", "60")
+    eventually(lambda: pd.check_lock("deploy")["held"])
+    assert pd.check_lock("deploy")["pid"] == process.pid
+    end(process)
+    eventually(lambda: not pd.check_lock("deploy")["held"], 5)
+
+
+def test_a_lock_taken_by_a_short_command_outlives_it(cli, pd):
+    assert cli("lock", "deploy").returncode == 0
+    settle()
+    assert pd.check_lock("deploy")["held"] is True
+    assert cli("unlock", "deploy").returncode == 0
+
+
+def test_ctrl_c_gives_130_and_no_traceback(cli, pd):
+    pd.lock("deploy", owner="a")
+    waiter = cli.start("lock", "deploy", "--owner", "b", "--wait", "60s")
+    watcher = cli.start("sub", "news", "--after", "0")
+    pd.publish("news", "hello")
+    # Each is seen to be at work first: Python itself has no manners for a Ctrl-C that comes while it starts.
+    read_line(watcher.stdout)
+    eventually(lambda: pd.check_lock("deploy")["waiting"] == 1)
+    for each in (watcher, waiter):
+        each.send_signal(signal.SIGINT)
+        _, said = each.communicate(timeout=20)
+        assert each.returncode == 130 and "Traceback" not in said
+    eventually(lambda: pd.check_lock("deploy")["waiting"] == 0)
+
+
+def test_a_command_starts_the_daemon_it_needs_and_the_next_one_finds_it(fresh):
+    assert fresh("status").returncode == 6
+    assert not (fresh.home / "daemon.json").exists()
+    assert fresh("claim", "myapp:api", "-q").stdout.strip().isdigit()
+    told = json.loads((fresh.home / "daemon.json").read_text())
+    assert fresh.json("find")["count"] == 1
+    assert fresh("status").returncode == 0
+    assert PortDaddy(url=told["url"]).health()["pid"] == told["pid"]
+    assert fresh("stop").returncode == 0
+    assert fresh("status").returncode == 6
+
+
+def test_start_is_content_with_a_daemon_that_runs(fresh):
+    assert fresh("start").returncode == 0
+    pid = json.loads((fresh.home / "daemon.json").read_text())["pid"]
+    again = fresh("start")
+    assert again.returncode == 0 and str(pid) in again.stdout + again.stderr
+    assert json.loads((fresh.home / "daemon.json").read_text())["pid"] == pid
+
+
+def test_a_named_url_on_which_nobody_listens_ends_with_6(fresh):
+    done = fresh("find", PORT_DADDY_URL=f"http://127.0.0.1:{unused_port()}")
+    assert done.returncode == 6 and done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_main_is_a_function_that_returns_the_status(server, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PORT_DADDY_URL", server.url)
+    monkeypatch.setenv("PORT_DADDY_HOME", str(tmp_path / "elsewhere"))
+    assert port_daddy.main(["claim", "a", "-q"]) == 0
+    assert capsys.readouterr().out.strip().isdigit()
+    assert port_daddy.main(["url", "no:such"]) == 3
+
+
+def test_the_version_is_told(cli):
+    assert port_daddy.__version__ in cli("version").stdout
+    assert port_daddy.__version__ in cli("--version").stdout
+
+
+def test_help_names_the_commands(cli):
+    done = cli("--help")
+    assert done.returncode == 0 and all(word in done.stdout for word in ("claim", "lock", "pub", "serve", "with-lock"))
+    assert "--ttl" in cli("lock", "--help").stdout
+
+
+def test_what_others_wrote_cannot_steer_the_terminal(cli, pd):
+    pd.claim("a", cmd="\x1b]0;owned\x07\u202e\x9b2J")
+    pd.publish("news", "\x1b[2J\u202e")
+    for command in (["find"], ["channels"], ["activity"]):
+        shown = cli(*command).stdout
+        assert not set(shown) & set("\x1b\x07\x9b\u202e"), command
+
+
+# =====================================================================================================================
+# PROPERTIES — the same promises under dice
+# =====================================================================================================================
+
+
+def test_random_locks_behave_like_a_dictionary(clock, wire, dice):
+    """Take, extend, release and let time pass, five hundred times, beside a model of ten lines."""
+    held, highest, seen = {}, 0, {}
+    for step in range(500):
+        name, owner = dice.choice("xyz"), dice.choice("abc")
+        for each in [each for each, (_, _, until) in held.items() if until <= clock.awake]:
+            del held[each]
+        token = dice.choice([None, *seen.get(name, [])])
+        what = dice.choice(["take", "take", "extend", "release", "pass", "look"])
+        if what == "take":
+            ttl = dice.choice([100, 1000, 5000])
+            answer = wire.post(f"/locks/{name}", {"owner": owner, "ttl": ttl})
+            assert answer.status == (409 if name in held else 200), (step, answer)
+            if answer.status == 200:
+                assert answer["token"] > highest
+                highest = answer["token"]
+                held[name] = (owner, highest, clock.awake + ttl)
+                seen.setdefault(name, []).append(highest)
+        elif what == "extend":
+            who = {"owner": owner} if token is None else {"token": token}
+            mine = name in held and (held[name][0] == owner if token is None else held[name][1] == token)
+            answer = wire.put(f"/locks/{name}", {**who, "ttl": 2000})
+            assert (answer.status == 200) == mine, (step, answer)
+            if mine:
+                held[name] = (*held[name][:2], clock.awake + 2000)
+        elif what == "release":
+            who = {"owner": owner} if token is None else {"token": token}
+            mine = name in held and (held[name][0] == owner if token is None else held[name][1] == token)
+            answer = wire.delete(f"/locks/{name}", who)
+            assert (answer.status == 200 and answer["released"]) == mine, (step, answer)
+            if mine:
+                del held[name]
+        elif what == "pass":
+            clock.advance(dice.choice([1, 99, 100, 500, 5000]))
+        else:
+            shown = wire.get(f"/locks/{name}")
+            assert shown["held"] == (name in held) and (name not in held or shown["token"] == held[name][1]), step
+
+
+def test_random_claims_of_many_threads_never_share_a_port(server, dice, children):
+    block = free_port_block(40)
+    foreign = [block + dice.randrange(40) for _ in range(4)]
+    with contextlib.ExitStack() as sitting:
+        for port in set(foreign):
+            sitter = sitting.enter_context(socket.socket())
+            sitter.bind(("127.0.0.1", port))
+
+        def work(number, seed):
+            pd, own = PortDaddy(url=server.url), random.Random(seed)
+            for _ in range(15):
+                name = f"svc-{own.randrange(30)}"
+                if own.random() < 0.25:
+                    pd.release(name)
+                wanted = {"port": block + own.randrange(40)} if own.random() < 0.3 else {}
+                with contextlib.suppress(PortDaddyError):
+                    assert pd.claim(name, range=[block, block + 39], **wanted)["port"] not in foreign
+
+        for each in [in_background(work, number, dice.random()) for number in range(8)]:
+            each.result(60)
+        services = Wire(server.port).get("/services")["services"]
+        ports = [service["port"] for service in services]
+        assert len(ports) == len(set(ports)) and not set(ports) & set(foreign)
+
+
+def test_random_patterns_match_as_promised(pd, dice):
+    def segment():
+        return "".join(dice.choice("ab.-") for _ in range(dice.randint(1, 3)))
+
+    names = sorted({":".join(segment() for _ in range(dice.randint(1, 3))) for _ in range(40)})
+    names = [name for name in names if not any(part in (".", "..") for part in name.split(":"))]
+    for name in names:
+        pd.claim(name)
+    for _ in range(60):
+        pattern = "".join(dice.choice(["a", "b", ".", "-", ":", "*", "*"]) for _ in range(dice.randint(1, 5)))
+        try:
+            found = [service["id"] for service in pd.list_services(pattern=pattern)["services"]]
+        except PortDaddyError as refused:  # what can be no identity, star or not, may be refused
+            assert refused.code == "BAD_VALUE"
+            continue
+        rule = re.compile("".join(".*" if each == "*" else re.escape(each) for each in pattern))
+        assert sorted(found) == [name for name in names if rule.fullmatch(name)], pattern
+
+
+def test_random_readers_that_come_and_go_see_every_message_once(server, pd, dice):
+    published, done = {"a": [], "b": []}, threading.Event()
+
+    def publish(seed):
+        own, writer = random.Random(seed), PortDaddy(url=server.url)
+        for number in range(150):
+            channel = own.choice("ab")
+            published[channel].append(writer.publish(channel, number)["id"])
+        writer.publish("a", "end")
+        writer.publish("b", "end")
+        done.set()
+
+    def read(channel, seed):
+        own, got, last = random.Random(seed), [], 0
+        while True:
+            stream = Stream(server.port, f"/msg/{channel}/subscribe?after={last}")
+            for _ in range(own.randint(1, 20)):
+                event = stream.messages(1)[0]
+                if event.data["payload"] == "end":
+                    stream.close()
+                    return got
+                got.append(event.id)
+                last = event.id
+            stream.close()
+
+    readers = [(channel, in_background(read, channel, dice.random())) for channel in "aabb"]
+    publish(dice.random())
+    for channel, reader in readers:
+        assert reader.result(60) == published[channel]
+
+
+def test_random_damage_to_a_request_never_runs_the_next_one(server, wire, dice):
+    """Bytes changed, dropped and doubled in a request that asks to be the last one; behind it lies another."""
+    good = request_bytes("POST", "/msg/a", b'{"payload":[1,"two",null]}', Connection="close")
+    edge = good.index(b"Connection")  # whether it is the last one is not for the dice to say
+    for _ in range(250):
+        damaged = bytearray(good)
+        for _ in range(dice.randint(1, 3)):
+            place = dice.choice([*range(edge), *range(edge + 19, len(good))])
+            what = dice.choice(["change", "drop", "double"])
+            if what == "change":
+                damaged[place:place + 1] = bytes([dice.choice([0, 9, 10, 13, 32, 58, 127, 255, dice.randrange(256)])])
+            elif what == "double" or b"\n" not in damaged[place:place + 1]:
+                damaged[place:place + 1] = damaged[place:place + 1] * (2 if what == "double" else 0)
+            if b"Connection: close" not in damaged:
+                damaged = bytearray(good)
+        line = Line(server.port)
+        line.send(bytes(damaged) + CANARY)
+        with contextlib.suppress(OSError):
+            line.socket.shutdown(socket.SHUT_WR)
+        replies = line.rest()
+        line.close()
+        assert not replies or re.match(rb"HTTP/1\.1 (200|4\d\d|501) ", replies), (bytes(damaged), replies)
+        assert len(re.findall(rb"^HTTP/1\.1 ", replies, re.MULTILINE)) <= 1, (bytes(damaged), replies)
+    assert "canary" not in [channel["channel"] for channel in wire.get("/channels")["channels"]]
+    assert wire.get("/health").status == 200
+
+
+def test_random_json_in_random_operations_is_never_our_fault(wire, dice):
+    scraps = [None, True, 0, -1, 2 ** 63, 1e308, "", "a", "a:b", "*", "\0", "\u202e", "x" * 300, [], [1, 2], {},
+              {"a": 1}, "1h"]
+    for _ in range(400):
+        operation = dice.choice(port_daddy.OPERATIONS)
+        if operation.name in ("poll", "wait_for_service", "wait_for_services", "lock"):
+            changed = {name: dice.choice(scraps) for name in operation.fields if dice.random() < 0.5}
+            changed.update({name: 1 for name in ("timeout", "wait") if name in operation.fields})
+        else:
+            changed = {name: dice.choice(scraps) for name in operation.fields if dice.random() < 0.5}
+        method, path, body = request_with(operation, changed)
+        answer = wire(method, path, body)
+        assert answer.status < 500, (method, path, body, answer)
+
+
+# =====================================================================================================================
+# FAULTS — kill -9, SIGTERM, two daemons, ten starters
+# =====================================================================================================================
+
+
+def test_ten_kills_under_mixed_load_lose_no_answered_write(spawned, dice):
+    messages, ports, tokens, guard = {}, {}, {}, threading.Lock()
+
+    def load(cycle, number, port):
+        wire, turn = Wire(port), itertools.count()
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):  # the kill, seen from here
+            while True:
+                name = f"c{cycle}-{number}-{next(turn)}"
+                sent = wire.post(f"/msg/load-{number}", {"payload": name})
+                claimed = wire.post("/claim", {"id": name})
+                held = wire.post(f"/locks/{name}", {"owner": name, "ttl": 3_600_000})
+                with guard:
+                    if sent.status == 200:
+                        messages[sent["id"]] = name
+                    if claimed.status == 200:
+                        ports[name] = claimed["port"]
+                    if held.status == 200:
+                        tokens[name] = held["token"]
+
+    for cycle in range(10):
+        enough = len(tokens) + dice.randint(3, 25)
+        highest = max(tokens.values(), default=0)
+        workers = [in_background(load, cycle, number, spawned.port) for number in range(3)]
+        eventually(lambda enough=enough: len(tokens) >= enough, 30)
+        spawned.kill()
+        for worker in workers:
+            worker.result(30)
+        assert len(set(tokens.values())) == len(tokens)
+        assert min(token for name, token in tokens.items() if name.startswith(f"c{cycle}-")) > highest
+        spawned.start()
+        wire = spawned.wire
+        kept, after = {}, 0
+        for number in range(3):
+            after = 0
+            while True:
+                page = wire.get(f"/msg/load-{number}?after={after}&limit=1000")["messages"]
+                kept.update({message["id"]: message["payload"] for message in page})
+                if len(page) < 1000:
+                    break
+                after = page[-1]["id"]
+        assert {ident: kept.get(ident) for ident in messages} == messages
+        services = {service["id"]: service["port"] for service in wire.get("/services")["services"]}
+        assert {name: services.get(name) for name in ports} == ports
+        locks = {lock["name"]: lock["token"] for lock in wire.get("/locks")["locks"]}
+        assert {name: locks.get(name) for name in tokens} == tokens
+    assert wire.post("/msg/after", {"payload": 1})["id"] > max(messages)
+
+
+def test_sigterm_answers_those_who_wait_and_ends_with_0(spawned):
+    wire = spawned.wire
+    wire.post("/locks/deploy", {"owner": "a"})
+    waits = [in_background(wire.get, "/msg/tasks/poll?timeout=60000"),
+             in_background(wire.post, "/locks/deploy", {"owner": "b", "wait": 60_000}),
+             in_background(wire.get, "/wait/no:such?timeout=60000")]
+    stream = Stream(spawned.port, "/msg/tasks/subscribe")
+    assert stream.next().kind == "connected"
+    eventually(lambda: wire.get("/locks/deploy")["waiting"] == 1)
+    began = time.monotonic()
+    assert spawned.terminate() == 0
+    assert time.monotonic() - began < 6
+    for wait in waits:
+        answer = wait.result(10)
+        assert (answer.status, answer["code"]) == (503, "SHUTTING_DOWN")
+    stream.close()
+    assert spawned.process.stdout.read() == ""  # one line on stdout, and it was read at the start
+    spawned.start()
+    assert spawned.wire.get("/locks/deploy")["owner"] == "a"
+    stopped = spawned.wire.get("/activity?type=daemon.stop")["entries"]
+    assert len(stopped) == 1
+
+
+def test_a_second_daemon_in_the_same_folder_is_refused_by_name(spawned):
+    done = subprocess.run([sys.executable, str(MODULE), "serve"], env=spawned.environment(PORT_DADDY_PORT=0),
+                          capture_output=True, text=True, timeout=30)
+    assert done.returncode == 4 and done.stdout == ""
+    assert str(spawned.process.pid) in done.stderr and spawned.url in done.stderr
+    assert spawned.wire.get("/health").status == 200
+
+
+def test_a_port_that_a_stranger_has_is_named(tmp_path):
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, str(MODULE), "serve"], capture_output=True, text=True, timeout=30,
+            env=environment(PORT_DADDY_HOME=tmp_path / "home", PORT_DADDY_PORT=port))
+    assert done.returncode not in (0, 2) and str(port) in done.stderr and "Traceback" not in done.stderr
+    assert str(os.getpid()) in done.stderr
+
+
+def test_a_killed_daemon_leaves_nothing_that_stops_the_next(spawned):
+    stale = json.loads((spawned.home / "daemon.json").read_text())
+    spawned.kill()
+    assert (spawned.home / "daemon.json").exists()
+    spawned.start()
+    told = json.loads((spawned.home / "daemon.json").read_text())
+    assert told["pid"] == spawned.process.pid != stale["pid"] and told["instance"] != stale["instance"]
+
+
+def test_ten_commands_at_once_start_one_daemon_and_all_succeed(fresh):
+    commands = [fresh.start("claim", f"s{number}", "--json") for number in range(10)]
+    said = [command.communicate(timeout=60) for command in commands]
+    assert [command.returncode for command in commands] == [0] * 10, said
+    ports = {json.loads(out)["port"] for out, _ in said}
+    assert len(ports) == 10
+    listed = fresh.json("find")["services"]
+    assert {service["port"] for service in listed} == ports
+    assert len(fresh.json("activity", "--type", "daemon.start")["entries"]) == 1
+
+
+def test_commands_do_not_speak_to_a_stranger_on_the_daemon_s_port(fresh, receiver):
+    # Something else answers HTTP where the daemon was last seen: it is not mistaken for ours.
+    fresh.home.mkdir(mode=0o700)
+    (fresh.home / "daemon.json").write_text(json.dumps(
+        {"url": receiver.url, "pid": os.getpid(), "instance": "x", "version": "0", "startedAt": 0}))
+    done = fresh("claim", "a", "-q")
+    assert receiver.got == []
+    assert done.returncode in (0, 1, 6) and "Traceback" not in done.stderr
+
+
+# =====================================================================================================================
+# META — the shape of the house
+# =====================================================================================================================
+
+SOURCE = MODULE.read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+BANNER = re.compile(r"^# =+\n# (\d+)\. ([A-Z][A-Z ]+[A-Z])\b(.*)\n# =+$", re.MULTILINE)
+
+
+def rooms():
+    """Number, title and first line of every room."""
+    return [(int(found[1]), found[2], SOURCE.count("\n", 0, found.start()) + 1) for found in BANNER.finditer(SOURCE)]
+
+
+def room_of(line):
+    """The place of a line's room in the file; what stands above the first banner belongs to the title page."""
+    return max((place for place, (_, _, first) in enumerate(rooms()) if first <= line), default=-1)
+
+
+def test_the_rooms_stand_in_their_order():
+    numbers = [number for number, _, _ in rooms()]
+    titles = [title for _, title, _ in rooms()]
+    assert numbers == sorted(set(numbers))
+    expected = ["PROBLEMS", "VOCABULARY", "SETTINGS", "BELL", "STORE", "HOST", "DAEMON", "OPERATIONS", "WORKERS",
+                "HTTP", "CLIENT", "COMMAND LINE"]
+    assert [title for title in titles if title in expected] == expected
+    page = ast.get_docstring(TREE) or ""
+    assert all(title in page for title in expected), "the title page lists the rooms"
+
+
+def test_a_room_uses_only_rooms_above_it():
+    home = {}
+    for node in TREE.body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)) else [
+            each.id for target in getattr(node, "targets", [getattr(node, "target", None)]) if target is not None
+            for each in ast.walk(target) if isinstance(each, ast.Name)]
+        for name in names:
+            home.setdefault(name, (room_of(node.lineno), node.lineno))
+    upward = []
+
+    def walk(table, room, where):
+        for symbol in table.get_symbols():
+            name = symbol.get_name()
+            if symbol.is_global() and symbol.is_referenced() and name in home and home[name][0] > room:
+                upward.append(f"{where} uses {name} (line {home[name][1]})")
+        for child in table.get_children():
+            walk(child, room, where)
+
+    for child in symtable.symtable(SOURCE, str(MODULE), "exec").get_children():
+        walk(child, room_of(child.get_lineno()), f"{child.get_name()} (line {child.get_lineno()})")
+    assert not upward, "\n".join(upward)
+
+
+def test_functions_and_classes_are_small():
+    large = []
+    for node in ast.walk(TREE):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > (300 if isinstance(node, ast.ClassDef) else 60):
+                large.append(f"{node.name}: {lines} lines")
+    assert not large, large
+    assert SOURCE.count("\n") <= 6000
+
+
+def test_nothing_is_left_to_do_and_nothing_is_global():
+    assert not re.findall(r"\b(TODO|FIXME|XXX|HACK)\b", SOURCE)
+    assert not [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Global)]
+
+
+def test_only_the_standard_library_is_imported():
+    imported = set()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+    if not hasattr(sys, "stdlib_module_names"):
+        pytest.skip("this Python does not know the names of its library")
+    assert imported <= set(sys.stdlib_module_names) | {"port_daddy"}
+
+
+def test_the_short_commands_do_not_pay_for_the_server():
+    code = "import sys, port_daddy; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=MODULE.parent, capture_output=True, text=True, check=True)
+    assert not {"http.server", "sqlite3", "subprocess", "ssl", "email"} & set(done.stdout.split())
+
+
+def test_everything_that_is_exported_exists():
+    assert {"PortDaddy", "PortDaddyError", "verify_webhook"} <= set(port_daddy.__all__)
+    assert all(hasattr(port_daddy, name) for name in port_daddy.__all__)
+
+
+def test_every_operation_has_a_summary_and_routes_of_its_own():
+    seen = {}
+    for operation in port_daddy.OPERATIONS:
+        assert operation.summary and operation.summary[0].isupper() and operation.routes
+        for method, path in operation.routes:
+            shape = (method, re.sub(r"{[^}]*}", "{}", path))
+            assert seen.setdefault(shape, operation.name) == operation.name, shape
+    assert len({operation.name for operation in port_daddy.OPERATIONS}) == len(port_daddy.OPERATIONS)
+
+
+PROMISED_METHODS = re.findall(r"\w+", """
+    claim release get_service list_services update_service set_endpoint remove_endpoint service_health list_health
+    wait_for_service wait_for_services list_system_ports cleanup publish get_messages poll subscribe list_channels
+    clear_channel lock unlock extend_lock check_lock list_locks with_lock register heartbeat start_heartbeat unregister
+    get_agent list_agents add_webhook list_webhooks get_webhook update_webhook remove_webhook webhook_events
+    test_webhook list_deliveries get_activity events health version metrics config ping
+""")
+
+
+def test_the_client_has_every_promised_method():
+    assert [name for name in PROMISED_METHODS if not callable(getattr(PortDaddy, name, None))] == []
+
+
+# What the client says otherwise than the wire, and what it can do beyond it: each one is meant.
+RENAMED = {"list_agents": {"active"}}
+EXTRA = {"subscribe": {"on_loss"}, "events": {"on_loss"}}
+
+
+@pytest.mark.parametrize("operation", port_daddy.OPERATIONS, ids=lambda operation: operation.name)
+def test_the_client_s_method_takes_what_the_operation_takes(operation):
+    takes = set(inspect.signature(getattr(PortDaddy, operation.name)).parameters)
+    fields = {re.sub("[A-Z]", lambda found: "_" + found[0].lower(), name) for name in operation.fields}
+    in_path = set(re.findall(r"{(\w+)", operation.routes[0][1]))
+    missing, invented = fields - takes, takes - fields
+    # Who is asking may come from the client itself, and what stands in the path may have a better name in Python.
+    assert missing <= {"agent", "owner", "sender", "checked_by"} | in_path | RENAMED.get(operation.name, set()), missing
+    assert len(invented - {"self"} - EXTRA.get(operation.name, set())) <= len(missing), invented
+
+
+def readme_blocks():
+    readme = MODULE.parent / "README.md"
+    if not readme.exists():
+        pytest.skip("there is no README.md beside the module")
+    block = re.compile(r"^(<!-- (?:not run|tests) -->\n+)?```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return block.findall(readme.read_text())
+
+
+def test_every_block_of_the_readme_runs(spawned, tmp_path):
+    """In order, in one folder, with `python3`, `pd` and `port-daddy` meaning this Python and this file."""
+    blocks = readme_blocks()
+    shims = tmp_path / "bin"
+    shims.mkdir()
+    for name, command in (("python3", f'"{sys.executable}"'), ("python", f'"{sys.executable}"'),
+                          ("pd", f'"{sys.executable}" "{MODULE}"'), ("port-daddy", f'"{sys.executable}" "{MODULE}"')):
+        (shims / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (shims / name).chmod(0o755)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(MODULE, folder)
+    env = spawned.environment(PATH=f"{shims}:{os.environ['PATH']}", PYTHONPATH=MODULE.parent, no_proxy="*")
+    for language, command in (("sh", ["sh", "-e", "-c"]), ("python", [sys.executable, "-c"])):
+        # The blocks of a language are one session, as a reader would type them: later ones use names of earlier ones.
+        text = "\n".join(text for skipped, spoken, text in blocks if spoken == language and not skipped)
+        text = re.sub(r"(localhost|127\.0\.0\.1):9876", rf"\1:{spawned.port}", text)
+        process = subprocess.Popen([*command, text], env=env, cwd=folder, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        try:
+            said, _ = process.communicate(timeout=60)
+            assert process.returncode == 0, f"{text}\n--- said:\n{said}"
+        finally:
+            end(process)
+
+
+def test_the_readme_s_table_is_the_table_of_operations():
+    readme_blocks()
+    assert port_daddy.readme_table().strip() in (MODULE.parent / "README.md").read_text()
