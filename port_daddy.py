@@ -193,6 +193,10 @@ EVENT_KINDS = (
 to_json: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def maybe_json(value: Any) -> Optional[str]:
+    return None if value is None else to_json(value)
+
+
 def printable(text: str) -> str:
     """Text that can do nothing to a terminal: C0, C1, bidirectional and zero-width controls become \\u escapes."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
@@ -862,7 +866,9 @@ class Store:
         except self._errors as error:
             raise self._failed(error) from None
 
-    def _failed(self, error: Exception) -> PortDaddyError:
+    def _failed(self, error: Exception) -> Exception:
+        if type(error).__name__ not in ("OperationalError", "DatabaseError"):
+            return error  # not the disk's fault, but ours
         return PortDaddyError("STORAGE_FULL", f"the database could not be read or written ({error}); nothing was changed")
 
     def begin(self) -> None:
@@ -1080,7 +1086,7 @@ def lock_take(tx: Transaction, name: str, owner: Optional[str], ttl: int, pid: O
         return None
     token = tx.next_token()
     tx.run("INSERT INTO LOCKS VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", name, owner, token, pid, birth, tx.now.wall,
-           tx.lasts(ttl), ttl, metadata and to_json(metadata))
+           tx.lasts(ttl), ttl, maybe_json(metadata))
     tx.emit("lock.acquire", name, owner, lockName=name, owner=owner, token=token, expiresAt=tx.now.wall + ttl)
     return token
 
@@ -2046,7 +2052,7 @@ def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = Non
     birth, warning = bind_pid(pid)
     given: Dict[str, Any] = {
         "agent": asker.who(agent), "pid": pid, "cmd": cmd, "cwd": cwd, "pair": pair, "health": health, "ttl": expires,
-        "metadata": metadata and to_json(metadata)}
+        "metadata": maybe_json(metadata)}
     given = {name: value for name, value in given.items() if value is not None}
     if pid is not None:
         given["birth"] = birth
@@ -2192,7 +2198,7 @@ def update_service(daemon: Daemon, asker: Asker, id: Identity, status: Optional[
         check_target(health, daemon.port, by_name=False)
     birth, warning = bind_pid(pid)
     columns = {"status": status, "pid": pid, "birth": birth, "health": health,
-               "metadata": metadata and to_json(metadata)}
+               "metadata": maybe_json(metadata)}
     with daemon.write() as tx:
         need_service(tx, id)
         service_update(tx, id, seen=tx.now.wall, **{
@@ -2572,7 +2578,7 @@ def register(daemon: Daemon, asker: Asker, id: Optional[AgentId] = None, name: O
     """Register an agent, or again with what has changed; it lives for its ttl after each heartbeat (2 minutes)."""
     agent = id or asker.agent or f"agent-{os.urandom(4).hex()}"
     birth, warning = bind_pid(pid)
-    columns = {"name": name, "type": type, "pid": pid, "metadata": metadata and to_json(metadata),
+    columns = {"name": name, "type": type, "pid": pid, "metadata": maybe_json(metadata),
                "max_services": max_services, "max_locks": max_locks}
     columns = {column: value for column, value in columns.items() if value is not None}
     if pid is not None:
@@ -2664,7 +2670,7 @@ def add_webhook(daemon: Daemon, asker: Asker, url: HttpUrl, events: Optional[Eve
     hook = "hook_" + os.urandom(6).hex()
     with daemon.write() as tx:
         tx.run("INSERT INTO HOOKS VALUES (?, ?, ?, ?, ?, 1, ?, NULL, 0, 0, ?)", hook, url, to_json(events or ["*"]),
-               minted.get("secret", secret), filter_pattern, tx.now.wall, metadata and to_json(metadata))
+               minted.get("secret", secret), filter_pattern, tx.now.wall, maybe_json(metadata))
     return ok(id=hook, url=url, events=events or ["*"], **minted, message=f"{hook} will be sent what happens")
 
 
@@ -2698,8 +2704,8 @@ def update_webhook(daemon: Daemon, asker: Asker, id: HookId, url: Optional[HttpU
     if url:
         check_target(url, daemon.port, by_name=False)
     minted = {"secret": mint_secret()} if secret == "auto" else {}
-    columns = {"url": url, "events": events and to_json(events), "secret": minted.get("secret", secret),
-               "filter": filter_pattern, "active": active, "metadata": metadata and to_json(metadata)}
+    columns = {"url": url, "events": maybe_json(events), "secret": minted.get("secret", secret),
+               "filter": filter_pattern, "active": active, "metadata": maybe_json(metadata)}
     with daemon.write() as tx:
         need_hook(tx, id)
         for column, value in columns.items():
