@@ -37,7 +37,9 @@ The rooms, each of which uses only the rooms above it:
     10. WORKERS         the loops beside the requests
     11. HTTP            bytes to operations and back
     12. CLIENT          the same operations from the other side
+    13. PROJECTS        .portdaddyrc to ordered, health-checked, supervised processes
     14. DESCRIPTIONS    what is derived from the table of operations
+    15. TOOLS           looking at a folder, and what else helps from outside
     16. COMMAND LINE    the same operations from a terminal
 
 It promises: what was answered survives kill -9; two identities never share a port; a lock has one holder, a growing
@@ -62,28 +64,13 @@ import threading
 import time
 import zlib
 from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Callable,
-    Dict,
-    FrozenSet,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    Type,
-    TypeVar,
-    Union,
+    TYPE_CHECKING, Annotated, Any, Callable, Deque, Iterable, Iterator, Mapping, Match, NamedTuple, Optional, Sequence,
+    TypeVar, Union,
 )
 
 if TYPE_CHECKING:
     import argparse
+    import queue
     import subprocess
     from types import FrameType, TracebackType
 
@@ -91,7 +78,9 @@ __all__ = ["PortDaddy", "PortDaddyError", "ConnectionError", "DaemonUnreachable"
 __version__ = "1.0.0"
 PROTOCOL = 1  # grows when an older copy of this file could misread a newer daemon
 T = TypeVar("T")
-Reply = Dict[str, Any]
+Reply = dict[str, Any]
+Facts = Mapping[str, Any]
+Span = Union[int, str]  # a duration: milliseconds, or text such as "30s"
 
 # ======================================================================================================================
 # 2. PROBLEMS — every way to fail, and its number on the wire and in the shell
@@ -101,7 +90,7 @@ Reply = Dict[str, Any]
 #    and turned into one line and an exit status by the command line.
 # 2. A message says what was wrong, the limit, who is in the way and what to do next. Facts go beside it, by name.
 
-PROBLEMS: Dict[str, Tuple[int, int, str]] = {  # code: (HTTP status, exit status, what is said when nobody says more)
+PROBLEMS: dict[str, tuple[int, int, str]] = {  # code: (HTTP status, exit status, what is said when nobody says more)
     "BAD_REQUEST": (400, 2, "the request is not well-formed HTTP"),
     "BAD_JSON": (400, 2, "the body is not a JSON object"),
     "BAD_VALUE": (400, 2, "a value is not what was expected"),
@@ -117,6 +106,7 @@ PROBLEMS: Dict[str, Tuple[int, int, str]] = {  # code: (HTTP status, exit status
     "LOCK_HELD": (409, 4, "somebody else holds the lock"),
     "LOCK_LOST": (409, 4, "the lock has moved on; stop, and take it again"),
     "ALREADY_RUNNING": (409, 4, "a daemon already serves this state folder"),
+    "CANNOT_LISTEN": (503, 1, "the port of the daemon cannot be bound"),
     "PORT_TAKEN": (409, 4, "somebody else has that port"),
     "PORT_HIJACKED": (409, 4, "a stranger listens on the port of this service"),
     "NO_PORTS": (409, 4, "no port of the range is free"),
@@ -137,7 +127,7 @@ PROBLEMS: Dict[str, Tuple[int, int, str]] = {  # code: (HTTP status, exit status
 class PortDaddyError(Exception):
     """One of PROBLEMS, on both sides of the wire: .code, .status (HTTP), .exit_status, .body (the JSON object)."""
 
-    def __init__(self, code: str, message: str = "", **facts: Any) -> None:
+    def __init__(self, code: str, message: str = "", /, **facts: Any) -> None:
         self.code = code
         self.status, self.exit_status, sentence = PROBLEMS.get(code, PROBLEMS["INTERNAL"])
         self.facts = facts
@@ -183,6 +173,7 @@ def problem_from_reply(status: int, body: Reply) -> PortDaddyError:
 
 UNITS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 MAX_METADATA, MAX_PAYLOAD, MAX_BODY = 10 * 1024, 256 * 1024, 1024 * 1024
+KEEP_LINES = 1_000  # of what a service printed
 MAX_INTEGER = 2 ** 53 - 1  # what JavaScript can count exactly
 NAME = r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,100}"
 STATUSES = ("assigned", "starting", "running", "unhealthy", "stopped", "crashed", "dead", "detached", "hijacked")
@@ -300,7 +291,7 @@ class Flag(Kind):
 class Json(Kind):
     """Any JSON value of limited size; too large is TOO_LARGE and not a bad value."""
 
-    def __init__(self, expected: str, limit: int, only: Union[Type[Any], Tuple[Type[Any], ...]] = object) -> None:
+    def __init__(self, expected: str, limit: int, only: Union[type[Any], tuple[type[Any], ...]] = object) -> None:
         super().__init__(expected)
         self.limit, self.only = limit, only
         self.nullable = only is object
@@ -325,12 +316,12 @@ class Several(Kind):
         super().__init__(f"a list of 1 to {most}, each {kind.expected}")
         self.kind, self.most = kind, most
 
-    def parse(self, value: Any) -> List[Any]:
+    def parse(self, value: Any) -> list[Any]:
         if not isinstance(value, list) or not 1 <= len(value) <= self.most:
             raise ValueError
         return [self.kind.parse(item) for item in value]
 
-    def read(self, text: str) -> List[Any]:
+    def read(self, text: str) -> list[Any]:
         return self.parse([self.kind.read(item) for item in text.split(",")])
 
 
@@ -348,7 +339,7 @@ class Glob(Kind):
 class Ports(Kind):
     """A range of ports, [low, high] or "low-high"."""
 
-    def parse(self, value: Any) -> Tuple[int, int]:
+    def parse(self, value: Any) -> tuple[int, int]:
         if not isinstance(value, list) or len(value) != 2:
             raise ValueError
         low, high = (PORT.parse(port) for port in value)
@@ -356,8 +347,25 @@ class Ports(Kind):
             raise ValueError
         return low, high
 
-    def read(self, text: str) -> Tuple[int, int]:
+    def read(self, text: str) -> tuple[int, int]:
         return self.parse([PORT.read(part) for part in text.split("-")])
+
+
+class Lines(Kind):
+    """What a service printed: objects with `text`, and perhaps `stream` and `at`."""
+
+    def parse(self, value: Any) -> list[tuple[str, str, Optional[int]]]:
+        if not isinstance(value, list) or not 1 <= len(value) <= KEEP_LINES:
+            raise ValueError
+        found = []
+        for line in value:
+            if not isinstance(line, dict) or not isinstance(line.get("text"), str) or len(line["text"]) > 64 * 1024:
+                raise ValueError
+            if line.get("stream", "stdout") not in ("stdout", "stderr") or set(line) - {"text", "stream", "at"}:
+                raise ValueError
+            at = None if line.get("at") is None else INSTANT.parse(line["at"])
+            found.append((line.get("stream", "stdout"), line["text"], at))
+        return found
 
 
 class Url(Text):
@@ -385,6 +393,7 @@ class EventName(Text):
 
 
 PORT = Integer("a port", 1, 65535)
+INSTANT = Integer("milliseconds since the epoch", 0, MAX_INTEGER)
 PLAIN_NAME = Text("a name of 1 to 100 of A-Z a-z 0-9 . _ : -", NAME)
 SEGMENT = r"(?!\.{1,2}(?::|\Z))[A-Za-z0-9._-]{1,64}"
 IDENTITY = Text("an identity project:stack:context, one to three segments, each 1 to 64 of A-Z a-z 0-9 . _ -",
@@ -396,7 +405,7 @@ PATTERN = Text("a name or a pattern with *, of A-Z a-z 0-9 . _ : / * -, at most 
 EVENT = EventName("an event such as lock.acquire, or a pattern such as lock.* or *", r"[a-z.*]{1,40}")
 
 Port = Annotated[int, PORT]
-PortRange = Annotated[Tuple[int, int], Ports('a range of ports such as [3100, 9999] or "3100-9999"')]
+PortRange = Annotated[tuple[int, int], Ports('a range of ports such as [3100, 9999] or "3100-9999"')]
 Identity = Annotated[str, IDENTITY]
 ChannelName = Annotated[str, PLAIN_NAME]
 GroupName = Annotated[str, PLAIN_NAME]
@@ -408,8 +417,8 @@ ServicePattern = Annotated[str, Glob(IDENTITY)]
 ChannelPattern = Annotated[str, Glob(PLAIN_NAME)]
 LockPattern = Annotated[str, Glob(LOCK_NAME)]
 EventPattern = Annotated[str, EVENT]
-EventList = Annotated[List[str], Several(EVENT, 20)]
-IdentityList = Annotated[List[str], Several(IDENTITY, 100)]
+EventList = Annotated[list[str], Several(EVENT, 20)]
+IdentityList = Annotated[list[str], Several(IDENTITY, 100)]
 Word = Annotated[str, Text("text of 1 to 100 characters", r".{1,100}")]
 Line = Annotated[str, Text("text of at most 4096 characters", r".{0,4096}")]
 Secret = Annotated[str, Password('a secret of 8 to 256 characters, whsec_ and base64 among them, or "auto" to have one '
@@ -427,11 +436,14 @@ Quota = Annotated[int, Integer("a number", 0, 100_000)]
 Rows = Annotated[int, Integer("a number", 1, 100_000)]
 Latency = Annotated[int, Integer("milliseconds", 0, 3_600_000)]
 Cursor = Annotated[int, Integer("an id", 0, MAX_INTEGER)]
-Instant = Annotated[int, Integer("milliseconds since the epoch", 0, MAX_INTEGER)]
+Instant = Annotated[int, INSTANT]
+Tail = Annotated[int, Integer("a number", 0, 1000)]
+LogLines = Annotated[list[tuple[str, str, Optional[int]]], Lines(
+    'a list of 1 to 1000 lines such as {"stream": "stdout", "text": "…"}, each of at most 64 KiB')]
 Fence = Annotated[int, Integer("a fencing token", 1, MAX_INTEGER)]
 Pid = Annotated[int, Integer("a process id", 1, 2 ** 31 - 1)]
 Bool = Annotated[bool, Flag("true or false")]
-Metadata = Annotated[Dict[str, Any], Json("a JSON object of at most 10 KB", MAX_METADATA, dict)]
+Metadata = Annotated[dict[str, Any], Json("a JSON object of at most 10 KB", MAX_METADATA, dict)]
 Payload = Annotated[Any, Json("any JSON value of at most 256 KiB", MAX_PAYLOAD)]
 HttpUrl = Annotated[str, Url("http|https")]
 EndpointUrl = Annotated[str, Url("http|https|ws|wss")]
@@ -451,7 +463,7 @@ def kind_of(hint: Any) -> Kind:
     raise TypeError(f"no kind in {hint!r}")
 
 
-def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise PortDaddyError("BAD_JSON", "the JSON names a key twice in one object")
@@ -501,7 +513,7 @@ def read_json(text: str) -> Any:
 
 # A flag wins over the environment, the environment over the default. An empty variable counts as not set.
 
-SETTINGS: Tuple[Tuple[str, str, Any, Kind, str], ...] = (  # name, environment, default, kind, what it is
+SETTINGS: tuple[tuple[str, str, Any, Kind, str], ...] = (  # name, environment, default, kind, what it is
     ("port", "PORT_DADDY_PORT", 9876, Integer("a port, or 0 for any free one,", 0, 65535), "where the daemon listens"),
     ("host", "PORT_DADDY_HOST", "", Text("127.0.0.1, ::1 or localhost", r"127\.0\.0\.1|::1|localhost|"),
      "the loopback address it listens on (both)"),
@@ -525,14 +537,14 @@ class Settings(NamedTuple):
     home: str
     url: str
     agent: str
-    range: Tuple[int, int]
+    range: tuple[int, int]
     max_connections: int
     max_waiters: int
 
     @classmethod
     def load(cls, environ: Optional[Mapping[str, str]] = None, **flags: Any) -> Settings:
         environ = os.environ if environ is None else environ
-        values: Dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, variable, default, kind, _ in SETTINGS:
             given, text = flags.get(name), environ.get(variable, "")
             try:
@@ -561,8 +573,11 @@ def default_home(environ: Mapping[str, str]) -> str:
 # 1. Who waits joins its topics first and looks then: whatever happens after the look has rung, so no wake-up is lost.
 # 2. Ringing a topic wakes every waiter without a line, and of each line the first that is not awake already: one message
 #    wakes one worker, one release one of those who want the lock.
-# 3. A waiter that was rung and leaves with nothing passes the ring on. In a line with turns (a lock) only the first may
-#    look, and whoever leaves rings the next.
+# 3. Whoever leaves a line with nothing rings the next of it, since a ring may have been meant for him. In a line with
+#    turns (a lock) only the first may look, and whoever leaves rings the next.
+#
+#    Two messages, three workers A B C of one line: the first ring wakes A, the second B, since A is awake already. A
+#    finds the first message and leaves; B finds the second. Had A hung up meanwhile, its leaving would have woken C.
 
 class Waiter:
     """Somebody who waits: its topics, its line (None: no line), and whether it has been rung since it last looked."""
@@ -587,7 +602,7 @@ class Bell:
         # Guards the topics and the flags of the waiters, and nothing else; held for a few instructions. Each waiter
         # sleeps on its own condition over it, notified by Waiter.wake.
         self._lock = threading.Lock()
-        self._topics: Dict[str, Dict[Waiter, None]] = {}
+        self._topics: dict[str, dict[Waiter, None]] = {}
         self.crowd = 0  # how many are inside `wait`; changed under the lock
         self.closed = False
 
@@ -598,14 +613,15 @@ class Bell:
                 self._topics.setdefault(topic, {})[waiter] = None
         return waiter
 
-    def leave(self, waiter: Waiter) -> None:
+    def leave(self, waiter: Waiter, empty: bool = True) -> None:
+        """Stop waiting, with nothing (`empty`) or with what was waited for."""
         with self._lock:
             for topic in waiter.topics:
                 waiters = self._topics[topic]
                 del waiters[waiter]
                 if not waiters:
                     del self._topics[topic]
-                elif waiter.line is not None and (waiter.turn or waiter.rung):
+                elif waiter.line is not None and (waiter.turn or empty):
                     self._ring(waiters, waiter.line)
 
     def ring(self, *topics: str) -> None:
@@ -617,15 +633,14 @@ class Bell:
     @staticmethod
     def _ring(waiters: Iterable[Waiter], line: Optional[str]) -> None:
         """Wake all without a line and the first sleeper of each line; or, given a line, the first sleeper of that."""
-        served: Set[str] = set()
+        served: set[str] = set()
         for waiter in waiters:
-            if waiter.line is None:
-                if line is None:
-                    waiter.wake()
-            elif waiter.line not in served and line in (None, waiter.line):
-                if waiter.turn or not waiter.rung:
-                    served.add(waiter.line)
+            if waiter.line is None and line is None:
                 waiter.wake()
+            elif waiter.line is not None and waiter.line not in served and line in (None, waiter.line):
+                if not waiter.rung or waiter.turn:
+                    served.add(waiter.line)
+                    waiter.wake()
 
     def first(self, waiter: Waiter) -> bool:
         """Whether nobody of the same line stands before this waiter."""
@@ -654,7 +669,7 @@ class Bell:
         """What `look` finds, now or after a ring; None at the deadline or when the asker has gone.
 
         `look` is called without any lock; `before_sleep` once, when waiting turns out to be necessary."""
-        waiter, asleep = self.join(topics, line, turn), False
+        waiter, asleep, found = self.join(topics, line, turn), False, None
         try:
             while not waiter.gone:
                 if not turn or self.first(waiter):
@@ -673,7 +688,7 @@ class Bell:
                 self.sleep(waiter, deadline)
             return None
         finally:
-            self.leave(waiter)
+            self.leave(waiter, found is None)
             if asleep:
                 with self._lock:
                     self.crowd -= 1
@@ -682,7 +697,7 @@ class Bell:
         with self._lock:
             return len(self._topics.get(topic, ()))
 
-    def topics(self, prefix: str) -> List[str]:
+    def topics(self, prefix: str) -> list[str]:
         """The topics with that prefix for which somebody waits now."""
         with self._lock:
             return [topic for topic in self._topics if topic.startswith(prefix)]
@@ -712,7 +727,8 @@ class Bell:
 
 SCHEMA_VERSION = 1
 SCHEMA = """
--- Counters and facts of this database: ids, tokens, boot (of the last start), tag (names this database in delivery ids).
+-- Counters and facts of this database: ids, tokens, forgotten (the highest event id that was pruned), boot (of the last
+-- start), tag (names this database in the ids of deliveries).
 CREATE TABLE META (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
 
 -- What happened. The activity log, the event stream and the webhooks read this table.
@@ -730,6 +746,11 @@ CREATE TABLE SERVICES (
 
 -- The port that a released identity had: it gets it back while it is free.
 CREATE TABLE FORMER_PORTS (id TEXT PRIMARY KEY, port INTEGER NOT NULL, at INTEGER NOT NULL) WITHOUT ROWID;
+
+-- The last lines that a service printed, as its supervisor sent them in.
+CREATE TABLE LINES (
+  id INTEGER PRIMARY KEY, service TEXT NOT NULL, stream TEXT NOT NULL, text TEXT NOT NULL, at INTEGER NOT NULL);
+CREATE INDEX LINES_OF_SERVICE ON LINES (service, id);
 
 -- What a channel holds now, the last id it was given, and the highest id that it no longer has.
 CREATE TABLE CHANNELS (
@@ -772,7 +793,9 @@ CREATE INDEX DELIVERIES_OF_HOOK ON DELIVERIES (hook, id);
 """
 KEEP_MESSAGES, KEEP_BYTES = 10_000, 64 * 1024 * 1024  # of a channel
 KEEP_EVENTS, KEEP_EVENTS_FOR = 10_000, 7 * 86_400_000
+KEEP_LINES_FOR = 86_400_000  # of a service that has been released
 KEEP_DELIVERIES, KEEP_DEAD_AGENTS_FOR, KEEP_FORMER_PORTS = 1_000, 86_400_000, 10_000
+SIZE = "id, length(CAST(payload AS BLOB)) AS size"  # what message_drop wants to know, in bytes
 RESERVE = 1_000  # numbers of a counter that one write to META makes ours
 BOOT_JUMP = 1_000_000  # a power cut may have lost the last second of writes, but hardly a million of them
 
@@ -799,7 +822,8 @@ class Store:
         import sqlite3
         if sqlite3.sqlite_version_info < (3, 24):
             raise PortDaddyError("INTERNAL", f"SQLite {sqlite3.sqlite_version} is too old; this needs 3.24 or newer")
-        self._errors = sqlite3.Error
+        self._errors, self._faults_of_ours = sqlite3.Error, (sqlite3.ProgrammingError, sqlite3.InterfaceError,
+                                                              sqlite3.IntegrityError)
         # Guards the connection and the counters. Held for a whole transaction, so writers follow one another.
         self._lock = threading.RLock()
         try:
@@ -821,9 +845,13 @@ class Store:
             self._reboot(now)
 
     def _create(self, now: Now) -> None:
-        self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
-        facts = {"ids": 0, "tokens": 0, "boot": now.boot, "tag": os.urandom(4).hex()}
+        self._db.execute("BEGIN IMMEDIATE")
+        for statement in SCHEMA.split(";\n"):
+            self._db.execute(statement)
+        facts = {"ids": 0, "tokens": 0, "forgotten": 0, "boot": now.boot, "tag": os.urandom(4).hex()}
         self._db.executemany("INSERT INTO META VALUES (?, ?)", facts.items())
+        self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        self._db.execute("COMMIT")
 
     def _meta(self, key: str) -> Any:
         return self._db.execute("SELECT value FROM META WHERE key=?", (key,)).fetchone()[0]
@@ -839,12 +867,13 @@ class Store:
             tx.run("UPDATE AGENTS SET birth = 0 WHERE birth IS NOT NULL")
             tx.run("UPDATE META SET value = ? WHERE key = 'boot'", now.boot)
             for counter in (self.ids, self.tokens):
-                counter.value += BOOT_JUMP
+                counter.value = counter.reserved = counter.reserved + BOOT_JUMP
+                tx.run("UPDATE META SET value = ? WHERE key = ?", counter.value, counter.key)
 
     def transaction(self, now: Now) -> Transaction:
         return Transaction(self, now)
 
-    def rows(self, sql: str, *values: Any) -> List[Any]:
+    def rows(self, sql: str, *values: Any) -> list[Any]:
         with self._lock:
             try:
                 return self._db.execute(sql, values).fetchall()
@@ -867,8 +896,8 @@ class Store:
             raise self._failed(error) from None
 
     def _failed(self, error: Exception) -> Exception:
-        if type(error).__name__ not in ("OperationalError", "DatabaseError"):
-            return error  # not the disk's fault, but ours
+        if isinstance(error, self._faults_of_ours):
+            return error
         return PortDaddyError("STORAGE_FULL", f"the database could not be read or written ({error}); nothing was changed")
 
     def begin(self) -> None:
@@ -913,14 +942,14 @@ class Transaction:
     def __init__(self, store: Store, now: Now) -> None:
         self._store, self.now = store, now
         self.rows, self.row, self.value, self.run = store.rows, store.row, store.value, store.run
-        self.topics: Set[str] = set()
+        self.topics: set[str] = set()
         self.due = MAX_INTEGER
 
     def __enter__(self) -> Transaction:
         self._store.begin()
         return self
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
                  trace: Optional[TracebackType]) -> None:
         self._store.end(commit=kind is None)
 
@@ -956,7 +985,7 @@ class Transaction:
         self.ring("events")
         self.deliver(number, kind, subject, facts)
 
-    def deliver(self, number: int, kind: str, subject: str, facts: Dict[str, Any]) -> None:
+    def deliver(self, number: int, kind: str, subject: str, facts: dict[str, Any]) -> None:
         """Queue an event for the webhooks that want it, in this transaction, so that none is lost or invented."""
         for hook in self.rows("SELECT id, events, filter FROM HOOKS WHERE active"):
             if any(matches(pattern, kind) for pattern in json.loads(hook["events"])) and (
@@ -970,13 +999,10 @@ def service_row(db: Union[Store, Transaction], identity: str) -> Optional[Any]:
     return db.row("SELECT * FROM SERVICES WHERE id = ?", identity)
 
 
-def service_insert(tx: Transaction, identity: str, port: int, born: int, **columns: Any) -> bool:
-    """Give an identity its port; False when the identity or the port has been given in the meantime."""
-    values = {"id": identity, "port": port, "status": "assigned", "created": tx.now.wall, "seen": tx.now.wall,
-              "born": born, "endpoints": to_json({"local": f"http://localhost:{port}"}), **columns}
-    names = ", ".join(values)
-    return tx.run(f"INSERT INTO SERVICES ({names}) VALUES ({', '.join('?' * len(values))}) ON CONFLICT DO NOTHING",
-                  *values.values()) == 1
+def service_insert(tx: Transaction, identity: str, **columns: Any) -> None:
+    """Give an identity its port; the unique index on it refuses what nobody should have tried."""
+    values = {"id": identity, "created": tx.now.wall, "seen": tx.now.wall, **columns}
+    tx.run(f"INSERT INTO SERVICES ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", *values.values())
 
 
 def service_update(tx: Transaction, identity: str, **columns: Any) -> None:
@@ -985,7 +1011,7 @@ def service_update(tx: Transaction, identity: str, **columns: Any) -> None:
     tx.ring(f"service:{identity}")
 
 
-def service_delete(tx: Transaction, rows: Sequence[Any], agent: Optional[str]) -> List[int]:
+def service_delete(tx: Transaction, rows: Sequence[Any], agent: Optional[str]) -> list[int]:
     """Release services and remember their ports for their return; the ports that became free."""
     for row in rows:
         tx.run("DELETE FROM SERVICES WHERE id = ?", row["id"])
@@ -997,6 +1023,22 @@ def service_delete(tx: Transaction, rows: Sequence[Any], agent: Optional[str]) -
     return [row["port"] for row in rows]
 
 
+def line_append(tx: Transaction, identity: str, lines: Sequence[tuple[str, str, Optional[int]]]) -> int:
+    """Add what a service printed, forget all but the last lines, and ring for those who follow."""
+    for stream, text, at in lines:
+        tx.run("INSERT INTO LINES VALUES (?, ?, ?, ?, ?)", tx.next_id(), identity, stream, text, at or tx.now.wall)
+    tx.run("DELETE FROM LINES WHERE service = ? AND id <= (SELECT id FROM LINES WHERE service = ? ORDER BY id DESC "
+           "LIMIT 1 OFFSET ?)", identity, identity, KEEP_LINES)
+    tx.ring(f"lines:{identity}")
+    return len(lines)
+
+
+def line_list(db: Store, identity: str, after: int, last: int) -> list[Any]:
+    """The last so many lines after an id, oldest first."""
+    return db.rows("SELECT * FROM LINES WHERE service = ? AND id > ? ORDER BY id DESC LIMIT ?",
+                   identity, after, last)[::-1]
+
+
 # --- channels ---------------------------------------------------------------------------------------------------------
 
 def message_append(tx: Transaction, channel: str, payload: Any, sender: Optional[str], ttl: Optional[int]) -> int:
@@ -1005,14 +1047,11 @@ def message_append(tx: Transaction, channel: str, payload: Any, sender: Optional
     tx.run("INSERT INTO MESSAGES VALUES (?, ?, ?, ?, ?, ?, ?)", number, channel, text, sender, tx.now.wall,
            tx.lasts(ttl), ttl)
     tx.run("INSERT INTO CHANNELS VALUES (?, 1, ?, ?, 0) ON CONFLICT (name) DO UPDATE SET count = count + 1, "
-           "bytes = bytes + excluded.bytes, last = excluded.last", channel, len(text), number)
-    held = tx.row("SELECT count, bytes FROM CHANNELS WHERE name = ?", channel)
-    while held and (held["count"] > KEEP_MESSAGES or held["bytes"] > KEEP_BYTES):
-        message_drop(tx, channel, tx.rows("SELECT id, length(payload) AS size FROM MESSAGES WHERE channel = ? "
-                                          "ORDER BY id LIMIT 1", channel))
-        held = tx.row("SELECT count, bytes FROM CHANNELS WHERE name = ?", channel)
+           "bytes = bytes + excluded.bytes, last = excluded.last", channel, len(text.encode()), number)
+    while tx.value("SELECT count > ? OR bytes > ? FROM CHANNELS WHERE name = ?", KEEP_MESSAGES, KEEP_BYTES, channel):
+        message_drop(tx, channel, tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ? ORDER BY id LIMIT 1", channel))
     tx.deliver(number, "message.publish", channel, {"channel": channel, "id": number, "sender": sender})
-    tx.ring(f"channel:{channel}", "channel:*", "events")
+    tx.ring(f"channel:{channel}", "channel:*")
     return number
 
 
@@ -1025,7 +1064,7 @@ def message_drop(tx: Transaction, channel: str, rows: Sequence[Any]) -> None:
            len(rows), sum(row["size"] for row in rows), max((row["id"] for row in rows), default=0), channel)
 
 
-def message_list(db: Union[Store, Transaction], pattern: str, after: int, limit: int, awake: int) -> List[Any]:
+def message_list(db: Union[Store, Transaction], pattern: str, after: int, limit: int, awake: int) -> list[Any]:
     """The messages of one channel, or of all that a pattern covers, after an id; oldest first."""
     if "*" in pattern:
         return db.rows("SELECT * FROM MESSAGES WHERE id > ? AND channel GLOB ? AND (expires IS NULL OR expires > ?) "
@@ -1034,7 +1073,7 @@ def message_list(db: Union[Store, Transaction], pattern: str, after: int, limit:
                    "ORDER BY id LIMIT ?", pattern, after, awake, limit)
 
 
-def message_newest(db: Store, channel: str, limit: int, awake: int) -> List[Any]:
+def message_newest(db: Store, channel: str, limit: int, awake: int) -> list[Any]:
     return db.rows("SELECT * FROM MESSAGES WHERE channel = ? AND (expires IS NULL OR expires > ?) "
                    "ORDER BY id DESC LIMIT ?", channel, awake, limit)[::-1]
 
@@ -1079,7 +1118,7 @@ def lock_row(db: Union[Store, Transaction], name: str, awake: int) -> Optional[A
 
 
 def lock_take(tx: Transaction, name: str, owner: Optional[str], ttl: int, pid: Optional[int], birth: Optional[int],
-              metadata: Optional[Dict[str, Any]]) -> Optional[int]:
+              metadata: Optional[dict[str, Any]]) -> Optional[int]:
     """Take a free lock; its fencing token, or None when it is held."""
     lock_sweep(tx, "name = ? AND expires <= ?", name, tx.now.awake)
     if tx.value("SELECT 1 FROM LOCKS WHERE name = ?", name):
@@ -1106,7 +1145,7 @@ def lock_free(tx: Transaction, row: Any, kind: str, reason: str) -> bool:
     return True
 
 
-def lock_sweep(tx: Transaction, condition: str, *values: Any, reason: str = "time") -> List[str]:
+def lock_sweep(tx: Transaction, condition: str, *values: Any, reason: str = "time") -> list[str]:
     """End the leases that a condition names; the names of the locks."""
     rows = tx.rows(f"SELECT * FROM LOCKS WHERE {condition}", *values)
     return [row["name"] for row in rows if lock_free(tx, row, "lock.expire", reason)]
@@ -1139,7 +1178,7 @@ def agent_die(tx: Transaction, agent: str, survives: Callable[[Any], bool]) -> N
 
 # --- webhooks ---------------------------------------------------------------------------------------------------------
 
-def delivery_append(tx: Transaction, hook: str, event: int, kind: str, facts: Dict[str, Any]) -> int:
+def delivery_append(tx: Transaction, hook: str, event: int, kind: str, facts: dict[str, Any]) -> int:
     body = to_json({"id": event, "event": kind, "type": kind, "timestamp": tx.now.wall, "data": facts})
     number = tx.next_id()
     tx.run("INSERT INTO DELIVERIES VALUES (?, ?, ?, ?, 'pending', 0, NULL, NULL, ?, NULL, ?)", number, hook, kind, body,
@@ -1169,12 +1208,17 @@ def delivery_settle(tx: Transaction, row: Any, retry: Optional[int], response: O
 
 # --- the log ----------------------------------------------------------------------------------------------------------
 
+def asks_for_messages(kind: Optional[str]) -> bool:
+    """A published message is its own event: it is among the events only when asked for by its type."""
+    return kind is not None and kind.strip("*") != "" and matches(kind, "message.publish")
+
+
 def event_list(db: Store, kind: Optional[str], agent: Optional[str] = None, subject: Optional[str] = None,
                after: int = 0, since: int = 0, until: int = MAX_INTEGER, limit: int = 100, newest: bool = False,
-               ) -> List[Any]:
-    """Events that match. A published message is its own event: it is among them only when asked for by its type."""
+               ) -> list[Any]:
+    """Events that match, oldest or newest first."""
     sources = "SELECT id, at, kind, subject, agent, facts FROM EVENTS"
-    if kind is not None and kind.strip("*") and matches(kind, "message.publish"):
+    if asks_for_messages(kind):
         sources += (" UNION ALL SELECT id, created, 'message.publish', channel, sender, json_object('channel', channel,"
                     " 'id', id, 'sender', sender) FROM MESSAGES")
     return db.rows(f"SELECT * FROM ({sources}) WHERE id > ? AND at BETWEEN ? AND ? AND kind GLOB ? "
@@ -1185,9 +1229,13 @@ def event_list(db: Store, kind: Optional[str], agent: Optional[str] = None, subj
 
 def prune(tx: Transaction) -> None:
     """Forget what is kept for a time or up to a number only: events, the dead, the ports of old identities."""
-    tx.run("DELETE FROM EVENTS WHERE at < ? OR id <= (SELECT id FROM EVENTS ORDER BY id DESC LIMIT 1 OFFSET ?)",
-           tx.now.wall - KEEP_EVENTS_FOR, KEEP_EVENTS)
+    last = tx.value("SELECT max(id) FROM EVENTS WHERE at < ? OR id <= (SELECT id FROM EVENTS ORDER BY id DESC LIMIT 1 "
+                    "OFFSET ?)", tx.now.wall - KEEP_EVENTS_FOR, KEEP_EVENTS)
+    if last:
+        tx.run("DELETE FROM EVENTS WHERE id <= ?", last)
+        tx.run("UPDATE META SET value = ? WHERE key = 'forgotten'", last)
     tx.run("DELETE FROM AGENTS WHERE alive IS NULL AND expires < ?", tx.now.awake - KEEP_DEAD_AGENTS_FOR)
+    tx.run("DELETE FROM LINES WHERE at < ? AND service NOT IN (SELECT id FROM SERVICES)", tx.now.wall - KEEP_LINES_FOR)
     tx.run("DELETE FROM FORMER_PORTS WHERE at <= (SELECT at FROM FORMER_PORTS ORDER BY at DESC LIMIT 1 OFFSET ?)",
            KEEP_FORMER_PORTS)
 
@@ -1196,7 +1244,7 @@ def prune(tx: Transaction) -> None:
 # 7. HOST — the world outside: ports, processes, connections, files
 # ======================================================================================================================
 
-# 1. The only room that connects out, forks or kills. It has no policy: it says what is so, or does what it is told.
+# 1. The only room that opens connections, forks or kills. It has no policy: it says what is so, or does what it is told.
 # 2. What goes wrong out there leaves as a problem or as a plain answer, never as an OSError.
 
 WELL_KNOWN_PORTS = frozenset((  # servers that people install want these; never given out unless asked for by number
@@ -1212,8 +1260,18 @@ LINUX = sys.platform.startswith("linux")
 
 def log(text: str) -> None:
     """One line on stderr, with the time, harmless to a terminal."""
+    say(time.strftime("%Y-%m-%d %H:%M:%S ") + text.replace("\n", "\\n"))
+
+
+def say(text: str) -> None:
+    """Talk to whoever started us, on stderr, harmless to a terminal."""
     with contextlib.suppress(OSError, ValueError):
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), printable(text).replace("\n", "\\n"), file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def out(text: str) -> None:
+    """Data, on stdout."""
+    print(printable(text), flush=True)
 
 
 def boot_id() -> str:
@@ -1237,7 +1295,7 @@ def command_output(*words: str) -> str:
     import subprocess
     try:
         return subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              timeout=5, check=False).stdout.decode("utf-8", "replace")
+                              timeout=5, check=False, env={**os.environ, "LC_ALL": "C"}).stdout.decode("utf-8", "replace")
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -1245,12 +1303,13 @@ def command_output(*words: str) -> str:
 # --- processes --------------------------------------------------------------------------------------------------------
 
 def since_boot() -> int:
-    """Milliseconds since the machine was started, sleep included: the clock on which processes are born."""
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000 if LINUX else time.monotonic_ns() // 1_000_000
+    """Milliseconds on the clock on which processes are born: since the machine was started, sleep included; elsewhere
+    than on Linux, where `ps` tells no other, the wall's."""
+    return (time.clock_gettime_ns(time.CLOCK_BOOTTIME) if LINUX else time.time_ns()) // 1_000_000
 
 
 def process_birth(pid: int) -> Optional[int]:
-    """When a process was started, in milliseconds since boot; None when there is none, or only its zombie."""
+    """When a process was started, on the clock of `since_boot`; None when there is none, or only its zombie."""
     if LINUX:
         text = read_text(f"/proc/{pid}/stat")
         fields = text[text.rfind(")") + 2:].split()  # the name in brackets may hold anything
@@ -1260,8 +1319,7 @@ def process_birth(pid: int) -> Optional[int]:
     state, _, started = command_output("ps", "-o", "state=,lstart=", "-p", str(pid)).strip().partition(" ")
     if not started or state.startswith("Z"):
         return None
-    # A wall-clock second is all that ps tells; as an identity of the process it serves as well.
-    return int((time.mktime(time.strptime(started.strip())) - time.time()) + since_boot() / 1000) * 1000
+    return int(time.mktime(time.strptime(started.strip()))) * 1000
 
 
 def process_lives(pid: int, birth: Optional[int]) -> bool:
@@ -1301,6 +1359,155 @@ def process_run(arguments: Sequence[str], environ: Mapping[str, str]) -> subproc
         raise problem from None
 
 
+BARRIER = 'read -r _ || exit 125; exec /bin/sh -c "$1"'
+
+
+def child_start(command: str, environ: Mapping[str, str], folder: str) -> subprocess.Popen[bytes]:
+    """A shell command in a session of its own, which waits for `child_go` before it begins.
+
+    Its stdin stays a pipe that nobody writes to, and ends when we do: many servers take that for their end."""
+    import subprocess
+    try:
+        return subprocess.Popen(["/bin/sh", "-c", BARRIER, "sh", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, env=dict(environ), cwd=folder, start_new_session=True, bufsize=0)
+    except OSError as error:
+        raise PortDaddyError("BAD_VALUE", f"it cannot be started in {folder}: {error.strerror}") from None
+
+
+def child_go(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin:
+        with contextlib.suppress(OSError):
+            process.stdin.write(b"\n")
+
+
+def shell_status(command: str, environ: Mapping[str, str], folder: str, timeout: float) -> tuple[int, str]:
+    """Run a shell command to its end or its deadline: its status, and the last line it printed."""
+    import signal
+    import subprocess
+    process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, env=dict(environ), cwd=folder, start_new_session=True)
+    try:
+        said = process.communicate(timeout=timeout)[0].decode("utf-8", "replace").strip().splitlines()
+    except subprocess.TimeoutExpired:
+        group_signal(process.pid, signal.SIGKILL)
+        process.communicate()
+        said = [f"not finished after {timeout:g} s"]
+    return process.returncode, said[-1] if said else ""
+
+
+def read_some(descriptor: int) -> bytes:
+    """What there is to read now, up to 64 KiB; nothing at the end."""
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:
+        return b""
+
+
+def write_text(descriptor: int, text: str) -> bool:
+    """Write all of a text; False when nobody reads any more."""
+    data = text.encode("utf-8", "replace")
+    try:
+        while data:
+            data = data[os.write(descriptor, data):]
+    except OSError:
+        return False
+    return True
+
+
+def group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return 0
+
+
+def group_signal(group: int, number: int) -> None:
+    with contextlib.suppress(OSError):  # it is empty
+        os.killpg(group, number)
+
+
+def group_members(group: int) -> list[int]:
+    """The processes of a group that are alive; zombies, whom somebody else has yet to reap, are not."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return []
+    except OSError:
+        pass  # alive, and not ours
+    if LINUX:
+        found = []
+        for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+            text = read_text(f"/proc/{pid}/stat")
+            fields = text[text.rfind(")") + 2:].split()
+            if len(fields) > 2 and fields[2] == str(group) and fields[0] not in "ZX":
+                found.append(pid)
+        return found
+    lines = (line.split() for line in command_output("ps", "-A", "-o", "pid=,pgid=,state=").splitlines())
+    return [int(pid) for pid, its, state in lines if its == str(group) and not state.startswith("Z")]
+
+
+class Guardian:
+    """A process in a session of its own that stops process groups when we have died without doing it ourselves.
+
+    It learns of our death by the end of a pipe, which no way to die can prevent. (PR_SET_PDEATHSIG would follow the
+    thread that forked.)"""
+
+    def __init__(self) -> None:
+        import subprocess
+        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "guard"], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/")
+
+    def _say(self, words: str) -> None:
+        try:
+            assert self.process.stdin and self.process.stdout
+            self.process.stdin.write(f"{words}\n".encode())
+            self.process.stdin.flush()
+            if self.process.stdout.readline() == b"ok\n":
+                return
+        except OSError:
+            pass
+        raise PortDaddyError("INTERNAL", "the guardian process has died; start again")
+
+    def add(self, group: int, number: int, timeout: float) -> None:
+        """Returns once the guardian knows the group."""
+        self._say(f"{group} {number} {timeout}")
+
+    def remove(self, group: int) -> None:
+        with contextlib.suppress(PortDaddyError):
+            self._say(f"{group}")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.process.stdin:
+                self.process.stdin.close()
+            self.process.wait()
+
+
+def guard() -> None:
+    """What the guardian does: take note of groups until the pipe ends, and stop those that are left."""
+    import signal
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    groups: dict[int, tuple[int, float]] = {}
+    for line in sys.stdin:
+        group, *rest = line.split()
+        if rest:
+            groups[int(group)] = int(rest[0]), float(rest[1])
+        else:
+            groups.pop(int(group), None)
+        write_text(1, "ok\n")
+    for one, (first, _) in groups.items():
+        group_signal(one, first)
+    began = time.monotonic()
+    while groups and time.monotonic() - began < max(timeout for _, timeout in groups.values()) + 10:
+        for one, (_, timeout) in list(groups.items()):
+            if not group_members(one):
+                del groups[one]
+            elif time.monotonic() - began > timeout:
+                group_signal(one, signal.SIGKILL)
+        time.sleep(0.05)
+
+
 def process_signal(pid: int, number: int) -> bool:
     """Send a signal; False when there is no such process, or it is not ours."""
     try:
@@ -1320,9 +1527,9 @@ class Listener(NamedTuple):
     pid: Optional[int]
 
 
-def listeners() -> Dict[int, List[Listener]]:
+def listeners() -> dict[int, list[Listener]]:
     """Every TCP port of this machine on which something listens, on any address."""
-    found: Dict[int, List[Listener]] = {}
+    found: dict[int, list[Listener]] = {}
     for listener in _listeners_linux() if LINUX else _listeners_lsof():
         found.setdefault(listener.port, []).append(listener)
     return found
@@ -1348,7 +1555,7 @@ def _listeners_linux() -> Iterator[Listener]:
                     yield Listener(int(words[1].rpartition(":")[2], 16), int(words[9]), None)
 
 
-def _netlink_messages(netlink: socket.socket) -> Iterator[Tuple[int, bytes]]:
+def _netlink_messages(netlink: socket.socket) -> Iterator[tuple[int, bytes]]:
     while True:
         data, offset = netlink.recv(65536), 0
         while offset < len(data):
@@ -1370,7 +1577,7 @@ def _listeners_lsof() -> Iterator[Listener]:
             yield Listener(int(line.rpartition(":")[2]), pid, pid)
 
 
-def listener_pids(wanted: Iterable[Listener]) -> Dict[int, int]:
+def listener_pids(wanted: Iterable[Listener]) -> dict[int, int]:
     """Which process holds each listener, by the listener's key, as far as we may see: ours, or all for root."""
     known = {listener.key: listener.pid for listener in wanted}
     found = {key: pid for key, pid in known.items() if pid is not None}
@@ -1381,8 +1588,8 @@ def listener_pids(wanted: Iterable[Listener]) -> Dict[int, int]:
         try:
             for descriptor in os.scandir(f"/proc/{pid}/fd"):
                 key = targets.get(os.readlink(descriptor.path))
-                if key is not None and (key not in found or process_birth(found[key]) is None):
-                    found[key] = pid
+                if key is not None:
+                    found.setdefault(key, pid)
         except OSError:
             continue  # it has ended, or belongs to somebody else
         if len(found) == len(known):
@@ -1390,7 +1597,7 @@ def listener_pids(wanted: Iterable[Listener]) -> Dict[int, int]:
     return found
 
 
-def port_holder(port: int) -> Tuple[Optional[int], str]:
+def port_holder(port: int) -> tuple[Optional[int], str]:
     """Who listens on a port: its pid (None when it may not be seen) and words for people."""
     those = listeners().get(port, [])
     for pid in listener_pids(those).values():
@@ -1418,7 +1625,7 @@ def port_free(port: int, reuse: bool = False) -> bool:
     return True
 
 
-def ephemeral_ports() -> Tuple[int, int]:
+def ephemeral_ports() -> tuple[int, int]:
     """The range from which the kernel takes the near end of outgoing connections."""
     words = read_text("/proc/sys/net/ipv4/ip_local_port_range").split()
     return (int(words[0]), int(words[1])) if len(words) == 2 else (49152, 65535)
@@ -1426,7 +1633,7 @@ def ephemeral_ports() -> Tuple[int, int]:
 
 # --- connections ------------------------------------------------------------------------------------------------------
 
-def dial(addresses: Sequence[Tuple[Any, ...]], timeout: float) -> socket.socket:
+def dial(addresses: Sequence[tuple[Any, ...]], timeout: float) -> socket.socket:
     """Connect to the first of some addresses that answers, within one deadline for all of them."""
     deadline, last = time.monotonic() + timeout, "there is no address to connect to"
     for family, _, _, _, address in addresses:
@@ -1449,7 +1656,7 @@ def dial(addresses: Sequence[Tuple[Any, ...]], timeout: float) -> socket.socket:
     raise DaemonUnreachable(last)
 
 
-def split_url(url: str) -> Tuple[str, str, int, str]:
+def split_url(url: str) -> tuple[str, str, int, str]:
     """Scheme, host, port and target of an absolute URL."""
     found = re.fullmatch(r"(?i:(https?|wss?))://(\[[^\]/?#]*\]|[^:/?#\[\]@]+)(?::([0-9]{1,5}))?([/?][^#]*)?", url)
     if not found:
@@ -1459,7 +1666,7 @@ def split_url(url: str) -> Tuple[str, str, int, str]:
     return scheme, host, int(port or (443 if scheme.endswith("s") else 80)), target if target[0] == "/" else f"/{target}"
 
 
-def resolve(host: str, port: int) -> List[Tuple[Any, ...]]:
+def resolve(host: str, port: int) -> list[tuple[Any, ...]]:
     """The addresses of a host, for `dial`."""
     try:
         return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
@@ -1467,16 +1674,28 @@ def resolve(host: str, port: int) -> List[Tuple[Any, ...]]:
         raise DaemonUnreachable(f"the name {host} has no address ({error})") from None
 
 
-def check_target(url: str, own_port: int, by_name: bool = True) -> List[Tuple[Any, ...]]:
+def is_address(host: str) -> bool:
+    """Whether a host is an address and not a name, in any way of writing it that a resolver takes."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError, ValueError):
+            socket.inet_aton(host) if family == socket.AF_INET else socket.inet_pton(family, host.partition("%")[0])
+            return True
+    return False
+
+
+def check_target(url: str, own_port: int, by_name: bool = True) -> list[tuple[Any, ...]]:
     """The addresses behind a URL that somebody gave us to call, or TARGET_REFUSED when one of them must not be.
 
     Loopback, private and public addresses are called; our own port, link-local (which holds the clouds' metadata),
     multicast and unspecified addresses are not. Without `by_name`, a name is left to be looked up when it is used."""
     import ipaddress
     _, host, port, _ = split_url(url)
-    if not by_name and not re.fullmatch(r"[0-9a-fA-Fx.]+|.*:.*|localhost\.?", host):
+    if not by_name and not is_address(host) and host != "localhost":
         return []
-    addresses = resolve(host, port)
+    try:
+        addresses = resolve(host, port)
+    except DaemonUnreachable as problem:
+        raise PortDaddyError("TARGET_REFUSED", str(problem), host=host) from None
     for *_, address in addresses:
         ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
         if isinstance(ip, ipaddress.IPv6Address):
@@ -1491,6 +1710,34 @@ def check_target(url: str, own_port: int, by_name: bool = True) -> List[Tuple[An
     return addresses
 
 
+def is_readable(connection: socket.socket) -> bool:
+    """Whether there is something to read, the end of the connection included."""
+    import select
+    poller = select.poll()
+    poller.register(connection, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def has_peer(connection: socket.socket) -> bool:
+    """Whether the other side is still there; one that has closed only its sending half counts as gone.
+
+    Asked of the kernel without reading, and without touching the socket's timeout, which may be another thread's."""
+    import fcntl
+    import select
+    import termios
+    hang_up = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere a readable connection without a byte has ended
+    poller = select.poll()
+    try:
+        poller.register(connection, select.POLLIN | hang_up)
+        found = poller.poll(0)
+        events = found[0][1] if found else 0
+        if events & (hang_up | select.POLLHUP | select.POLLERR | select.POLLNVAL):
+            return False
+        return not events or fcntl.ioctl(connection, termios.FIONREAD, b"\0\0\0\0") != b"\0\0\0\0"
+    except (OSError, ValueError):
+        return False
+
+
 class Answer(NamedTuple):
     """The head of an HTTP reply, of which nothing else is kept."""
 
@@ -1498,14 +1745,15 @@ class Answer(NamedTuple):
     retry_after: Optional[int]  # seconds
 
 
-def http_call(method: str, url: str, addresses: Sequence[Tuple[Any, ...]], headers: Mapping[str, str], body: bytes,
+def http_call(method: str, url: str, addresses: Sequence[tuple[Any, ...]], headers: Mapping[str, str], body: bytes,
               timeout: float) -> Answer:
     """One request to addresses that were checked before, within one deadline: no redirect, no proxy, no reuse."""
-    deadline = time.monotonic() + timeout
+    deadline, reply, connected = time.monotonic() + timeout, b"", False
     scheme, host, port, target = split_url(url)
     try:
         with contextlib.ExitStack() as stack:
             connection = stack.enter_context(dial(addresses, timeout))
+            connected = True
             if scheme == "https":
                 import ssl
                 connection = stack.enter_context(
@@ -1515,21 +1763,25 @@ def http_call(method: str, url: str, addresses: Sequence[Tuple[Any, ...]], heade
                      f"User-Agent: port-daddy/{__version__}", *(f"{name}: {value}" for name, value in headers.items())]
             if body:
                 lines.append(f"Content-Length: {len(body)}")
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
             connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
-            reply = b""
             while b"\r\n\r\n" not in reply and len(reply) < 65536:
+                if time.monotonic() > deadline:
+                    raise socket.timeout
                 connection.settimeout(max(0.01, deadline - time.monotonic()))
                 chunk = connection.recv(65536)
-                if not chunk or time.monotonic() > deadline:
+                if not chunk:
                     break
                 reply += chunk
     except socket.timeout:
         raise PortDaddyError("TIMED_OUT", f"no answer within {timeout:g} s") from None
     except (OSError, ValueError) as error:
-        raise DaemonUnreachable(str(error) or type(error).__name__) from None
+        if not connected:
+            raise DaemonUnreachable(str(error) or type(error).__name__) from None
     head = re.match(rb"HTTP/1\.[01] ([1-5][0-9]{2})[ \r]", reply)
     if not head:
-        raise PortDaddyError("BAD_REQUEST", "what answered is not HTTP" if reply else "it closed without an answer")
+        raise PortDaddyError("BAD_REQUEST", "what answered is not HTTP" if reply else "it closed without an answer",
+                             spoke=bool(reply))
     wait = re.search(rb"(?i)\r\nretry-after:[ \t]*([0-9]{1,6})[ \t]*\r\n", reply)
     return Answer(int(head.group(1)), int(wait.group(1)) if wait else None)
 
@@ -1545,7 +1797,7 @@ def open_home(path: str) -> None:
             raise PortDaddyError("INTERNAL", f"{path} belongs to another user; set PORT_DADDY_HOME to a folder of yours")
         if stat.S_IMODE(found.st_mode) != 0o700:
             os.chmod(path, 0o700)
-        os.umask(0o077)
+        os.close(os.open(os.path.join(path, "port_daddy.db"), os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite's files follow
     except OSError as error:
         raise PortDaddyError("INTERNAL", f"the state folder {path} cannot be used: {error.strerror}") from None
 
@@ -1567,10 +1819,10 @@ def lock_home(path: str) -> Optional[int]:
     return descriptor
 
 
-def write_file(path: str, text: str) -> None:
-    """Replace a file (0600) in one step, so that nobody ever reads half of it."""
+def write_file(path: str, text: str, mode: int = 0o600) -> None:
+    """Replace a file in one step, so that nobody ever reads half of it."""
     try:
-        with open(f"{path}.new", "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        with open(f"{path}.new", "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(text)
         os.replace(f"{path}.new", path)
     except OSError as error:
@@ -1580,6 +1832,15 @@ def write_file(path: str, text: str) -> None:
 def remove_file(path: str) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)
+
+
+def file_owner(path: str) -> tuple[int, int, int]:
+    """The mode and the owner of a file, and the owner of its folder."""
+    try:
+        found = os.stat(path)
+        return found.st_mode, found.st_uid, os.stat(os.path.dirname(path) or ".").st_uid
+    except OSError as error:
+        raise PortDaddyError("NOT_FOUND", f"{path} cannot be read: {error.strerror}") from None
 
 
 def file_hash(path: str) -> str:
@@ -1644,7 +1905,7 @@ class Asker:
         if not self.connected():
             raise AskerGone
 
-    def watch(self, bell: Bell, waiter: Waiter) -> None:
+    def watch(self, waiter: Waiter) -> None:
         """Called before the asker is made to wait, so that a hang-up can wake the waiter."""
 
 
@@ -1656,10 +1917,14 @@ class Daemon:
         self.store = Store(os.path.join(settings.home, "port_daddy.db"), self.clock.now())
         self.port = settings.port  # the real one, once a server has bound it
         self.instance, self.started = os.urandom(6).hex(), self.clock.now()
-        self.planned = 0  # awake: when the next tick is due; a lease that ends earlier rings the keeper
-        self.pruned = 0
-        self.adopted: Dict[str, int] = {}  # the listener (its key) that each service was seen with
-        self._listening: Tuple[float, Dict[int, List[Listener]]] = (0.0, {})
+        # Awake: when the next tick is due. A lease that ends earlier rings the keeper; while a tick runs it is beyond
+        # everything, so that what is written after the tick has looked rings too.
+        self.planned = 0
+        self.pruned = 0  # wall: when `prune` last ran
+        # The listener (its key) that each service was last seen with; empty after a start, when all are looked at anew.
+        self.adopted: dict[str, int] = {}
+        self.sha256 = file_hash(os.path.abspath(__file__))
+        self._listening: tuple[float, dict[int, list[Listener]]] = (0.0, {})
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Transaction]:
@@ -1670,18 +1935,24 @@ class Daemon:
             self.bell.ring("keeper")
 
     def wait(self, asker: Asker, look: Callable[[], Optional[T]], timeout: int, topics: Sequence[str],
-             line: Optional[str] = None, turn: bool = False) -> Optional[T]:
-        """What `look` finds within `timeout` ms; None when time is over or the asker has hung up."""
+             line: Optional[str] = None, turn: bool = False, rings: str = "") -> Optional[T]:
+        """What `look` finds within `timeout` ms; None when time is over or the asker has hung up. `rings` is a topic to
+        ring once somebody really waits."""
         def before_sleep(waiter: Waiter) -> None:
-            if self.bell.crowd > self.settings.max_waiters:
-                raise PortDaddyError("BUSY", f"{self.settings.max_waiters} requests are waiting already, which is the "
-                                     "limit (PORT_DADDY_MAX_WAITERS); try again in a second")
-            asker.watch(self.bell, waiter)
+            self.check_crowd()
+            asker.watch(waiter)
+            if rings:
+                self.bell.ring(rings)
         return self.bell.wait(look, time.monotonic() + timeout / 1000, topics, line, turn, before_sleep)
+
+    def check_crowd(self) -> None:
+        if self.bell.crowd > self.settings.max_waiters:
+            raise PortDaddyError("BUSY", f"{self.settings.max_waiters} requests are waiting already, which is the limit "
+                                 "(PORT_DADDY_MAX_WAITERS); try again in a second")
 
     # --- ports and what listens on them -------------------------------------------------------------------------------
 
-    def listening(self) -> Dict[int, List[Listener]]:
+    def listening(self) -> dict[int, list[Listener]]:
         """Who listens where: now on Linux, where asking costs 40 µs; not older than a second where it takes lsof."""
         taken, found = self._listening
         if LINUX or time.monotonic() - taken > 1:
@@ -1689,7 +1960,7 @@ class Daemon:
             self._listening = time.monotonic(), found
         return found
 
-    def stranger(self, row: Any, there: Sequence[Listener]) -> Tuple[Optional[int], Optional[int]]:
+    def stranger(self, row: Any, there: Sequence[Listener]) -> tuple[Optional[int], Optional[int]]:
         """The pid of a stranger on the port of a service, and the pid of its own listener, as far as they can be seen.
 
         A stranger is a visible process that is older than the claim and did not make it."""
@@ -1707,31 +1978,39 @@ class Daemon:
     def observe(self) -> None:
         """Compare the table with who really listens: adopt, miss, or notice a stranger."""
         listening = self.listening()
-        for row in self.store.rows("SELECT id, port, pid, birth, claimer, born, status, checker FROM SERVICES"):
+        for row in self.store.rows("SELECT * FROM SERVICES"):
             there = listening.get(row["port"], [])
             key = there[0].key if there else None
-            calm = row["status"] in (("running", "unhealthy", "hijacked", "detached") if there else
+            fits = row["status"] in (("running", "unhealthy", "hijacked", "detached") if there else
                                      ("assigned", "starting", "stopped", "crashed", "dead"))
-            bound_and_dead = row["status"] == "assigned" and row["birth"] is not None and not process_lives(
-                row["pid"], row["birth"])
-            if calm and self.adopted.get(row["id"]) == key and not bound_and_dead or self.supervised(row):
+            died = (not there and row["status"] in ("assigned", "stopped") and self.owns_pid(row)
+                    and not process_lives(row["pid"], row["birth"]))
+            if fits and self.adopted.get(row["id"], 0) == (key or 0) and not died or self.supervised(row):
                 continue
             stranger, pid = self.stranger(row, there)
-            news: Dict[str, Any]
+            news: dict[str, Any]
             if stranger:
                 news = {"status": "hijacked", "error": f"pid {stranger} listens on the port and is older than the claim"}
             elif there:
-                news = {"status": "running", "pid": pid or row["pid"], "error": None}
-            elif bound_and_dead or row["pid"] and not process_lives(row["pid"], row["birth"]):
-                news = {"status": "dead", "healthy": None}
+                news = {"status": "running", "error": None, **({"pid": pid} if pid and row["birth"] is None else {})}
             else:
-                news = {"status": "stopped" if row["status"] != "assigned" else "assigned", "healthy": None}
-            if key is None:
-                self.adopted.pop(row["id"], None)
-            else:
-                self.adopted[row["id"]] = key
+                dead = died or self.owns_pid(row) and not process_lives(row["pid"], row["birth"])
+                news = {"status": "dead" if dead else "stopped" if row["status"] != "assigned" else "assigned"}
             with self.write() as tx:
+                now = service_row(tx, row["id"])
+                if not now or any(now[name] != row[name] for name in ("port", "status", "born", "pid")):
+                    continue  # it has changed while we looked; so look again next time
+                self.adopted[row["id"]] = key or 0
+                if not there and row["healthy"]:
+                    news["healthy"] = None
+                    tx.emit("service.unhealthy", row["id"], row["agent"], serviceId=row["id"], port=row["port"],
+                            error="nothing listens on its port any more")
                 service_update(tx, row["id"], **news)
+
+    @staticmethod
+    def owns_pid(row: Any) -> bool:
+        """Whether the pid of a service is that of its process: bound, or adopted; not a note about another container."""
+        return row["pid"] is not None and (row["birth"] is not None or row["status"] != "assigned")
 
     def supervised(self, row: Any) -> bool:
         """Whether an agent that is alive has said that it checks this service itself."""
@@ -1760,7 +2039,7 @@ class Daemon:
             row = service_row(tx, identity)
             if not row:
                 return
-            news: Dict[str, Any] = {"healthy": healthy, "latency": latency, "error": error, "checked": tx.now.wall,
+            news: dict[str, Any] = {"healthy": healthy, "latency": latency, "error": error, "checked": tx.now.wall,
                                     "checker": checker}
             if healthy and row["status"] == "unhealthy":
                 news["status"] = "running"
@@ -1779,12 +2058,15 @@ class Daemon:
         self.planned = MAX_INTEGER  # whatever is written from here on may be due before the next tick: let it ring
         bound = self.store.rows("SELECT pid, birth FROM LOCKS WHERE birth IS NOT NULL UNION "
                                 "SELECT pid, birth FROM AGENTS WHERE birth IS NOT NULL")
-        dead = [row["pid"] for row in bound if not process_lives(row["pid"], row["birth"])]
-        if dead or self._due() <= now.awake or now.wall - self.pruned >= PRUNE_EVERY or now.wall < self.pruned:
-            self.pruned = now.wall
+        dead = [(row["pid"], row["birth"]) for row in bound if not process_lives(row["pid"], row["birth"])]
+        if dead or self._due() <= now.awake:
             listening = self.listening()
             with self.write() as tx:
-                self._expire(tx, ",".join(map(str, dead)), listening)
+                self._expire(tx, dead, listening)
+        if not 0 <= now.wall - self.pruned < PRUNE_EVERY:
+            self.pruned = now.wall
+            with self.write() as tx:
+                prune(tx)
         pause = min(self._due() - now.awake, TICK_FOR_PROCESSES if bound else TICK_AT_MOST)
         self.planned = now.awake + pause
         return max(pause, 0)
@@ -1796,22 +2078,24 @@ class Daemon:
             "alive), ?1), coalesce((SELECT min(expires) FROM SERVICES), ?1), coalesce((SELECT min(expires) FROM MESSAGES "
             "WHERE expires IS NOT NULL), ?1))", MAX_INTEGER))
 
-    def _expire(self, tx: Transaction, dead: str, listening: Mapping[int, Any]) -> None:
+    def _expire(self, tx: Transaction, dead: Sequence[tuple[int, int]], listening: Mapping[int, Any]) -> None:
+        def survives(service: Any) -> bool:
+            if service["birth"] is not None:
+                return process_lives(service["pid"], service["birth"])
+            return service["port"] in listening
+
         awake = tx.now.awake
         lock_sweep(tx, "expires <= ?", awake)
-        lock_sweep(tx, f"birth IS NOT NULL AND pid IN ({dead})", reason="process")
-        for row in tx.rows(f"SELECT id FROM AGENTS WHERE alive AND (expires <= ? OR birth IS NOT NULL AND pid IN ({dead}))",
-                           awake):
-            agent_die(tx, row["id"], lambda service: process_lives(service["pid"], service["birth"])
-                      if service["birth"] is not None else service["port"] in listening)
+        ended = [row["id"] for row in tx.rows("SELECT id FROM AGENTS WHERE alive AND expires <= ?", awake)]
+        for process in dead:
+            lock_sweep(tx, "pid = ? AND birth = ?", *process, reason="process")
+            ended += [row["id"] for row in tx.rows("SELECT id FROM AGENTS WHERE alive AND pid = ? AND birth = ?", *process)]
+        for agent in dict.fromkeys(ended):
+            agent_die(tx, agent, survives)
         service_delete(tx, tx.rows("SELECT * FROM SERVICES WHERE expires <= ?", awake), None)
         for channel in {row["channel"] for row in tx.rows("SELECT channel FROM MESSAGES WHERE expires <= ?", awake)}:
-            message_drop(tx, channel, tx.rows("SELECT id, length(payload) AS size FROM MESSAGES WHERE channel = ? "
-                                              "AND expires <= ?", channel, awake))
-        prune(tx)
-
-    def close(self) -> None:
-        self.store.close()
+            message_drop(tx, channel, tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ? AND expires <= ?",
+                                              channel, awake))
 
 
 # ======================================================================================================================
@@ -1855,10 +2139,10 @@ class Operation:
         self.command, self.aliases = command.partition(" [")[0], aliases.split()
         self.positional = re.findall(r"\[(\w+)\]", command)
         self.summary = (function.__doc__ or "").split("\n")[0]
-        self._fields: Optional[Dict[str, Field]] = None
+        self._fields: Optional[dict[str, Field]] = None
 
     @property
-    def fields(self) -> Dict[str, Field]:
+    def fields(self) -> dict[str, Field]:
         """By wire name; worked out when first needed, since a short command needs one operation of fifty."""
         if self._fields is None:
             from typing import get_type_hints
@@ -1869,7 +2153,7 @@ class Operation:
                                                defaults.get(name)) for name in names}
         return self._fields
 
-    def bind(self, given: Mapping[str, Any], read: Mapping[str, str]) -> Dict[str, Any]:
+    def bind(self, given: Mapping[str, Any], read: Mapping[str, str]) -> dict[str, Any]:
         """The arguments from JSON values and from texts: every one checked, nothing unknown, nothing missing."""
         fields, values = self.fields, {}
         for source, texts in ((given, False), (read, True)):
@@ -1896,7 +2180,7 @@ class Operation:
                               f"(this daemon is version {__version__})", field=wire[:60], version=__version__)
 
 
-OPERATIONS: List[Operation] = []
+OPERATIONS: list[Operation] = []
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -1919,7 +2203,7 @@ def ok(**facts: Any) -> Reply:
     return {"success": True, **facts}
 
 
-def listing(name: str, rows: List[Any]) -> Reply:
+def listing(name: str, rows: list[Any]) -> Reply:
     return {"success": True, name: rows, "count": len(rows)}
 
 
@@ -1932,12 +2216,18 @@ def wall(now: Now, expires: Optional[int]) -> Optional[int]:
     return None if expires is None else now.wall + expires - now.awake
 
 
-def bind_pid(pid: Optional[int]) -> Tuple[Optional[int], Optional[str]]:
-    """The start time of a process that something is to be bound to, and a warning when it cannot be seen."""
-    birth = None if pid is None else process_birth(pid)
-    unseen = pid is not None and birth is None
-    return birth, (f"pid {pid} cannot be seen from here (another container, or it has ended): it is noted, and nothing "
-                   "ends with it") if unseen else None
+def bind_pid(pid: Optional[int]) -> tuple[dict[str, Any], Optional[str]]:
+    """The columns that bind something to a process, and a warning when the process cannot be seen."""
+    if pid is None:
+        return {}, None
+    birth = process_birth(pid)
+    return {"pid": pid, "birth": birth}, None if birth is not None else (
+        f"pid {pid} cannot be seen from here (another container, or it has ended): it is noted, and nothing ends with it")
+
+
+def present(**columns: Any) -> dict[str, Any]:
+    """The columns that were given."""
+    return {name: value for name, value in columns.items() if value is not None}
 
 
 def with_warnings(reply: Reply, *warnings: Optional[str]) -> Reply:
@@ -1979,36 +2269,29 @@ def need_service(db: Union[Store, Transaction], identity: str) -> Any:
     return row
 
 
-def candidate_ports(daemon: Daemon, identity: str, span_of_ports: Tuple[int, int]) -> Iterator[int]:
+def candidate_ports(daemon: Daemon, tx: Transaction, identity: str,
+                    limits: Optional[tuple[int, int]]) -> Iterator[int]:
     """The ports to try by ourselves: from a hash of the identity upwards, round the range once."""
-    low, high = span_of_ports
+    low, high = limits or daemon.settings.range
     size = high - low + 1
-    taken = {row["port"] for row in daemon.store.rows("SELECT port FROM SERVICES")}
-    first_ephemeral, last_ephemeral = ephemeral_ports()
+    taken = {row["port"] for row in tx.rows("SELECT port FROM SERVICES")}
     avoid = WELL_KNOWN_PORTS | BLOCKED_PORTS | taken | set(daemon.listening()) | {daemon.port}
+    first, last = (0, 0) if limits else ephemeral_ports()
     start = zlib.crc32(identity.encode()) % size
     for step in range(size):
         port = low + (start + step) % size
-        if port not in avoid and not first_ephemeral <= port <= last_ephemeral:
+        if port not in avoid and not first <= port <= last:
             yield port
 
 
-class Choice(NamedTuple):
-    """A port for a claim, whether it is the one that was asked for, and what stood in the way if not."""
-
-    port: int
-    preferred: bool
-    warning: Optional[str]
-
-
-def who_has(daemon: Daemon, tx: Transaction, port: int) -> Optional[str]:
+def who_has(daemon: Daemon, tx: Transaction, port: int, reuse: bool) -> Optional[str]:
     """Words for whoever is in the way of a port; None when a program could bind it now."""
     if port == daemon.port:
         return "this daemon itself"
     other = tx.value("SELECT id FROM SERVICES WHERE port = ?", port)
     if other:
         return f"the service {other}"
-    if port_free(port):
+    if port_free(port, reuse):
         return None
     if port < 1024 and os.geteuid() != 0 and port not in daemon.listening():
         return "the system, which lets only root bind ports below 1024,"
@@ -2016,28 +2299,28 @@ def who_has(daemon: Daemon, tx: Transaction, port: int) -> Optional[str]:
 
 
 def choose_port(daemon: Daemon, tx: Transaction, identity: str, wanted: Optional[int], exact: bool,
-                candidates: Iterator[int], span_of_ports: Tuple[int, int]) -> Choice:
-    """A port that could be bound just now, probed inside the transaction: an assigned port is never probed, since that
-    could make its owner fail, and no other claim can assign this one meanwhile."""
-    warning = None
+                limits: Optional[tuple[int, int]]) -> tuple[int, Optional[str]]:
+    """A port that could be bound just now, and what stands in the way of the one that was wanted.
+
+    Probed inside the transaction: an assigned port is never probed, since that could make its owner fail, and no other
+    claim can assign this one meanwhile."""
+    former, warning = tx.value("SELECT port FROM FORMER_PORTS WHERE id = ?", identity), None
     if wanted is not None:
-        holder = who_has(daemon, tx, wanted)
+        holder = who_has(daemon, tx, wanted, reuse=wanted == former)
         if holder is None:
-            return Choice(wanted, True, None)
+            return wanted, None
         warning = f"port {wanted} is taken by {holder}"
         if exact:
             raise PortDaddyError("PORT_TAKEN", f"{warning}; stop that, or claim without exact", port=wanted,
                                  holder=holder)
-    former = tx.value("SELECT port FROM FORMER_PORTS WHERE id = ?", identity) if wanted is None else None
-    taken = former is None or former == daemon.port or tx.value("SELECT 1 FROM SERVICES WHERE port = ?", former)
-    limited = span_of_ports != daemon.settings.range and not (former and span_of_ports[0] <= former <= span_of_ports[1])
-    if former and not taken and not limited and port_free(former, reuse=True):
-        return Choice(former, True, None)
-    for port in candidates:
+    elif former and (limits is None or limits[0] <= former <= limits[1]) and not who_has(daemon, tx, former, reuse=True):
+        return former, None
+    for port in candidate_ports(daemon, tx, identity, limits):
         if port_free(port):
-            return Choice(port, wanted is None, warning)
-    raise PortDaddyError("NO_PORTS", f"no port from {span_of_ports[0]} to {span_of_ports[1]} is free; release some, or "
-                         "widen the range (PORT_DADDY_RANGE)", range=list(span_of_ports))
+            return port, warning
+    low, high = limits or daemon.settings.range
+    raise PortDaddyError("NO_PORTS", f"no port from {low} to {high} is free; release some, or widen the range "
+                         "(PORT_DADDY_RANGE)", range=[low, high])
 
 
 @operation("POST /claim", command="claim", quiet="port")
@@ -2049,79 +2332,63 @@ def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = Non
     """Claim a port by name: the same identity gets the same port, and nobody else gets it."""
     if health:
         check_target(health, daemon.port, by_name=False)
-    birth, warning = bind_pid(pid)
-    given: Dict[str, Any] = {
-        "agent": asker.who(agent), "pid": pid, "cmd": cmd, "cwd": cwd, "pair": pair, "health": health, "ttl": expires,
-        "metadata": maybe_json(metadata)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if pid is not None:
-        given["birth"] = birth
-    known = service_row(daemon.store, id)
-    there = daemon.listening().get(known["port"], []) if known else []
-    adopted = known and there and known["status"] == "running" and daemon.adopted.get(id) == there[0].key
-    stranger = daemon.stranger(known, there)[0] if known and there and not adopted else None
-    if known and stranger and not move:
-        daemon.observe()
-        raise PortDaddyError("PORT_HIJACKED", f"port {known['port']} of {id} is used by {process_command(stranger)} (pid "
-                             f"{stranger}), which ran before the claim; stop it, or claim with move",
-                             port=known["port"], pid=stranger, command=process_command(stranger))
-    elsewhere = known is not None and (move or not there and port is not None and port != known["port"])
-    if known and not elsewhere:
-        return with_warnings(reclaim(daemon, asker, id, given, port, exact), warning)
-    span_of_ports = range or daemon.settings.range
-    candidates = candidate_ports(daemon, id, span_of_ports)
+    bound, unseen = bind_pid(pid)
+    given = {**bound, **present(agent=asker.who(agent), cmd=cmd, cwd=cwd, pair=pair, health=health,
+                                metadata=maybe_json(metadata))}
+    there = refuse_stranger(daemon, id, move)
     with daemon.write() as tx:
-        known = service_row(tx, id)
-        if known and not elsewhere:  # somebody claimed it while we looked
-            choice = Choice(known["port"], port in (None, known["port"]), None)
+        known, warning, columns = service_row(tx, id), None, {**given}
+        if expires:
+            columns.update(ttl=expires, expires=tx.lasts(expires))
+        if known and not move and (there or port in (None, known["port"])):  # it keeps its port
+            chosen = known["port"]
+            if port not in (None, chosen):
+                warning = f"{id} keeps port {chosen}, where its server listens; stop that to move it to {port}"
+                if exact:
+                    raise PortDaddyError("PORT_TAKEN", warning, port=chosen)
         else:
             if not known:
                 quota(tx, given.get("agent"), "max_services", "SERVICES", "agent")
-            choice = choose_port(daemon, tx, id, port, exact, candidates, span_of_ports)
-        columns = {**given, "expires": tx.lasts(expires)} if expires else given
-        if not known:
-            service_insert(tx, id, choice.port, since_boot(), claimer=asker.pid, **columns)
-        elif elsewhere:
-            endpoints = {**json.loads(known["endpoints"]), "local": f"http://localhost:{choice.port}"}
-            service_update(tx, id, port=choice.port, status="assigned", born=since_boot(), claimer=asker.pid,
-                           endpoints=to_json(endpoints), **columns)
-        tx.run("DELETE FROM FORMER_PORTS WHERE id = ?", id)
-        if not known or elsewhere:
-            tx.emit("service.claim", id, given.get("agent"), serviceId=id, port=choice.port, agentId=given.get("agent"),
+            chosen, warning = choose_port(daemon, tx, id, port, exact, range)
+            tx.run("DELETE FROM FORMER_PORTS WHERE id = ?", id)
+            place = {"port": chosen, "born": since_boot(), "claimer": asker.pid, "status": "assigned"}
+            local = {"local": f"http://localhost:{chosen}"}
+            if known:
+                warning = f"{id} moved from port {known['port']} to {chosen}" + (f"; {warning}" if warning else "")
+                columns.update(place, endpoints=to_json({**json.loads(known["endpoints"]), **local}))
+            else:
+                service_insert(tx, id, endpoints=to_json(local), **place, **columns)
+        changed = {name: value for name, value in columns.items() if known and known[name] != value}
+        if known and (changed or asker.pid not in (None, known["claimer"])):
+            service_update(tx, id, **{**changed, "seen": tx.now.wall, "claimer": asker.pid or known["claimer"]})
+        if not known or set(changed) - {"pid", "birth", "ttl", "expires"}:
+            tx.emit("service.claim", id, given.get("agent"), serviceId=id, port=chosen, agentId=given.get("agent"),
                     existing=known is not None)
-        tx.ring("checker", f"service:{id}")
-        row = service_row(tx, id)
-    daemon.adopted.pop(id, None)
-    moved = f"{id} moved from port {known['port']} to {choice.port}" if known and elsewhere else None
-    return with_warnings(claim_reply(row, known is not None, choice.preferred), moved, choice.warning, warning)
+        if not known or chosen != known["port"]:
+            daemon.adopted.pop(id, None)
+            tx.ring("checker", f"service:{id}")
+        row = need_service(tx, id)
+    return with_warnings(ok(
+        id=id, port=chosen, status=row["status"], existing=known is not None, preferred=port in (None, chosen),
+        endpoints=json.loads(row["endpoints"]), message=f"{id} {'still has' if known else 'has'} port {chosen}",
+    ), warning, unseen)
 
 
-def claim_reply(row: Any, existing: bool, preferred: bool) -> Reply:
-    words = "still has" if existing else "has"
-    return ok(id=row["id"], port=row["port"], status=row["status"], existing=existing, preferred=preferred,
-              endpoints=json.loads(row["endpoints"]), message=f"{row['id']} {words} port {row['port']}")
+def refuse_stranger(daemon: Daemon, identity: str, move: bool) -> bool:
+    """Whether the server of a known service listens on its port; PORT_HIJACKED when somebody else does.
 
-
-def reclaim(daemon: Daemon, asker: Asker, identity: str, given: Dict[str, Any], port: Optional[int],
-            exact: bool) -> Reply:
-    """Claim again what is there: its port stays, and only what was given changes."""
-    warning = None
-    row = need_service(daemon.store, identity)
-    if port not in (None, row["port"]):
-        warning = f"{identity} keeps port {row['port']}, where its server listens; stop that to move it to {port}"
-        if exact:
-            raise PortDaddyError("PORT_TAKEN", warning, port=row["port"])
-    news = {name: value for name, value in given.items() if row[name] != value or name == "ttl"}
-    if news or asker.pid not in (None, row["claimer"]):
-        with daemon.write() as tx:
-            if "ttl" in news:
-                news["expires"] = tx.lasts(news["ttl"])
-            service_update(tx, identity, seen=tx.now.wall, claimer=asker.pid or row["claimer"], **news)
-            if set(news) - {"pid", "birth", "ttl", "expires"}:
-                tx.emit("service.claim", identity, given.get("agent"), serviceId=identity, port=row["port"],
-                        agentId=given.get("agent"), existing=True)
-            row = need_service(tx, identity)
-    return with_warnings(claim_reply(row, True, port in (None, row["port"])), warning)
+    Asked before the transaction, since finding the process behind a socket can take milliseconds."""
+    known = service_row(daemon.store, identity)
+    there = daemon.listening().get(known["port"], []) if known else []
+    if known is None or not there or known["status"] == "running" and daemon.adopted.get(identity) == there[0].key:
+        return bool(there)
+    stranger, _ = daemon.stranger(known, there)
+    if stranger and not move:
+        daemon.observe()
+        raise PortDaddyError("PORT_HIJACKED", f"port {known['port']} of {identity} is used by {process_command(stranger)} "
+                             f"(pid {stranger}), which ran before the claim; stop it, or claim with move",
+                             port=known["port"], pid=stranger, command=process_command(stranger))
+    return True
 
 
 @operation("DELETE /release", "POST /release", command="release [id]", quiet="released")
@@ -2196,13 +2463,11 @@ def update_service(daemon: Daemon, asker: Asker, id: Identity, status: Optional[
     """Report on a service: what state it is in and, by whoever checks it, how well it is."""
     if health:
         check_target(health, daemon.port, by_name=False)
-    birth, warning = bind_pid(pid)
-    columns = {"status": status, "pid": pid, "birth": birth, "health": health,
-               "metadata": maybe_json(metadata)}
+    bound, warning = bind_pid(pid)
     with daemon.write() as tx:
         need_service(tx, id)
-        service_update(tx, id, seen=tx.now.wall, **{
-            name: value for name, value in columns.items() if value is not None})
+        service_update(tx, id, seen=tx.now.wall, **bound, **present(
+            status=status, health=health, metadata=maybe_json(metadata), checker=checked_by, error=error))
         tx.ring("checker")
     checked = checked_by or latency is not None or error is not None
     if checked and status in (None, "running", "detached", "unhealthy"):
@@ -2231,7 +2496,7 @@ def remove_endpoint(daemon: Daemon, asker: Asker, id: Identity, env: EndpointNam
     return ok(id=id, removed=removed, message=f"{id} had {'one' if removed else 'no'} endpoint {env}")
 
 
-def missing_services(daemon: Daemon, identities: Sequence[str]) -> List[str]:
+def missing_services(daemon: Daemon, identities: Sequence[str]) -> list[str]:
     """Which of them are not running, or have a check that they have not passed."""
     marks = ",".join("?" * len(identities))
     well = {row["id"] for row in daemon.store.rows(
@@ -2247,8 +2512,7 @@ def wait_for_services(daemon: Daemon, asker: Asker, services: IdentityList, time
         return True if not missing_services(daemon, services) else None
 
     topics = [f"service:{identity}" for identity in dict.fromkeys(services)]
-    daemon.bell.ring("checker")
-    if not daemon.wait(asker, all_well, timeout, topics):
+    if not daemon.wait(asker, all_well, timeout, topics, rings="checker"):
         waiting = missing_services(daemon, services)
         raise PortDaddyError("TIMED_OUT", f"not up after {span(timeout)}: {', '.join(waiting)}", waitingFor=waiting)
     now = daemon.clock.now()
@@ -2261,6 +2525,40 @@ def wait_for_services(daemon: Daemon, asker: Asker, services: IdentityList, time
 def wait_for_service(daemon: Daemon, asker: Asker, id: Identity, timeout: WaitTime = 60_000) -> Reply:
     """Wait until one service runs and, where it has a health check, has passed it."""
     return wait_for_services(daemon, asker, [id], timeout)
+
+
+def line_view(row: Any) -> Reply:
+    return {"id": row["id"], "stream": row["stream"], "text": row["text"], "at": row["at"]}
+
+
+@operation("POST /services/{id}/logs")
+def add_logs(daemon: Daemon, asker: Asker, id: Identity, lines: LogLines) -> Reply:
+    """Send in what a service printed; its last 1,000 lines are kept."""
+    with daemon.write() as tx:
+        added = line_append(tx, id, lines)
+    return ok(added=added)
+
+
+@operation("GET /services/{id}/logs")
+def get_logs(daemon: Daemon, asker: Asker, id: Identity, tail: Tail = 100, after: Cursor = 0,
+             follow: Bool = False) -> Union[Reply, Stream]:
+    """Read the last lines that a service printed or, with follow, go on as Server-Sent Events."""
+    start = max(after, asker.after or 0)
+    rows = line_list(daemon.store, id, start, tail) if tail else []
+    if not follow:
+        if not rows and not daemon.store.value("SELECT 1 FROM LINES WHERE service = ?", id):
+            need_service(daemon.store, id)
+        return listing("lines", [line_view(row) for row in rows])
+    cursor = rows[-1]["id"] if rows else start or daemon.store.ids.value
+
+    def read() -> list[bytes]:
+        nonlocal cursor
+        found = line_list(daemon.store, id, cursor, KEEP_LINES)
+        cursor = found[-1]["id"] if found else cursor
+        return [sse("message", line_view(row), row["id"]) for row in found]
+
+    opening = sse("connected", {"lastId": cursor}) + b"".join(sse("message", line_view(row), row["id"]) for row in rows)
+    return Stream(follow_topics(daemon, asker, [f"lines:{id}"], opening, read))
 
 
 @operation("GET /ports/system", command="ports", shows="ports: port pid service command", quiet="port")
@@ -2384,11 +2682,12 @@ def sse(event: str, data: Any, number: Optional[int] = None) -> bytes:
     return f"{head}{name}data: {to_json(data)}\n\n".encode()
 
 
-def follow(daemon: Daemon, asker: Asker, topic: str, opening: bytes, read: Callable[[], List[bytes]]) -> Iterator[bytes]:
+def follow_topics(daemon: Daemon, asker: Asker, topics: Sequence[str], opening: bytes,
+                  read: Callable[[], list[bytes]]) -> Iterator[bytes]:
     """The life of a stream: the opening, what there is to read after each ring, a comment when nothing happens."""
     yield b"retry: 1000\n" + opening
     while True:
-        parts = daemon.wait(asker, lambda: read() or None, 15_000, [topic])
+        parts = daemon.wait(asker, lambda: read() or None, 15_000, topics)
         if parts is None and not asker.connected():
             return
         yield b"".join(parts) if parts else b": nothing new\n\n"
@@ -2406,7 +2705,7 @@ def subscribe(daemon: Daemon, asker: Asker, channel: ChannelPattern, after: Opti
         opening += sse("reset", {"from": cursor, "to": current})
         cursor = 0
 
-    def read() -> List[bytes]:
+    def read() -> list[bytes]:
         nonlocal cursor, told
         dropped, parts = channel_dropped(daemon.store, channel), []
         if dropped > max(cursor, told):
@@ -2418,14 +2717,14 @@ def subscribe(daemon: Daemon, asker: Asker, channel: ChannelPattern, after: Opti
         return parts
 
     topic = "channel:*" if "*" in channel else f"channel:{channel}"
-    return Stream(follow(daemon, asker, topic, opening, read))
+    return Stream(follow_topics(daemon, asker, [topic], opening, read))
 
 
 @operation("DELETE /msg/{channel}", command="clear", quiet="deleted")
 def clear_channel(daemon: Daemon, asker: Asker, channel: ChannelName) -> Reply:
     """Delete the messages of a channel; its readers are told that there was a gap."""
     with daemon.write() as tx:
-        rows = tx.rows("SELECT id, length(payload) AS size FROM MESSAGES WHERE channel = ?", channel)
+        rows = tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ?", channel)
         message_drop(tx, channel, rows)
     return ok(deleted=len(rows), message=f"deleted {len(rows)} of {channel}")
 
@@ -2455,15 +2754,13 @@ def lock_held(daemon: Daemon, name: str, waited: int) -> PortDaddyError:
     now = daemon.clock.now()
     row = lock_row(daemon.store, name, now.awake)
     waiting, said = daemon.bell.waiting(f"lock:{name}"), f" after {span(waited)} of waiting" if waited else ""
-    if not row:  # it became free this instant, for the first of those who wait
-        return PortDaddyError("LOCK_HELD", f"lock {name} is being handed to the first of those who wait{said}; "
-                              "wait as well (wait: 60000)", holder=None, heldSince=None, expiresAt=None,
-                              waiting=waiting, retryAfter=100, waited=waited)
-    left = max(0, row["expires"] - now.awake)
+    left = max(0, row["expires"] - now.awake) if row else 100
+    state = (f"held by {row['owner'] or 'somebody without a name'} for {span(left)} more" if row else
+             "free this instant, for the first of those who wait")
     return PortDaddyError(
-        "LOCK_HELD", f"lock {name} is held by {row['owner'] or 'somebody without a name'} for {span(left)} more{said}; "
-        f"wait for it (wait: 60000), or ask the holder", holder=row["owner"], heldSince=row["acquired"],
-        expiresAt=wall(now, row["expires"]), waiting=waiting, retryAfter=left, waited=waited)
+        "LOCK_HELD", f"lock {name} is {state}{said}; wait for it (wait: 60000), or ask the holder",
+        holder=row and row["owner"], heldSince=row and row["acquired"], expiresAt=row and wall(now, row["expires"]),
+        waiting=waiting, retryAfter=left, waited=waited)
 
 
 @operation("POST /locks/{name...}", command="lock", quiet="token")
@@ -2471,13 +2768,13 @@ def lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] 
          wait: LockWait = 0, pid: Optional[Pid] = None, metadata: Optional[Metadata] = None) -> Reply:
     """Take a lock, or wait for it in line: one holder, a lease that ends, a fencing token that only grows."""
     owner, began = asker.who(owner), time.monotonic()
-    birth, warning = bind_pid(pid)
+    bound, warning = bind_pid(pid)
 
-    def take() -> Optional[Tuple[int, Now]]:
+    def take() -> Optional[tuple[int, Now]]:
         with daemon.write() as tx:
             quota(tx, owner, "max_locks", "LOCKS", "owner")
-            token = lock_take(tx, name, owner, ttl, pid, birth, metadata)
-            if birth is not None:
+            token = lock_take(tx, name, owner, ttl, pid, bound.get("birth"), metadata)
+            if token and bound:
                 tx.ring("keeper")
             asker.stay()
             return (token, tx.now) if token else None
@@ -2577,12 +2874,9 @@ def register(daemon: Daemon, asker: Asker, id: Optional[AgentId] = None, name: O
              max_locks: Optional[Quota] = None) -> Reply:
     """Register an agent, or again with what has changed; it lives for its ttl after each heartbeat (2 minutes)."""
     agent = id or asker.agent or f"agent-{os.urandom(4).hex()}"
-    birth, warning = bind_pid(pid)
-    columns = {"name": name, "type": type, "pid": pid, "metadata": maybe_json(metadata),
-               "max_services": max_services, "max_locks": max_locks}
-    columns = {column: value for column, value in columns.items() if value is not None}
-    if pid is not None:
-        columns["birth"] = birth
+    bound, warning = bind_pid(pid)
+    columns = {**bound, **present(name=name, type=type, metadata=maybe_json(metadata), max_services=max_services,
+                                  max_locks=max_locks)}
     with daemon.write() as tx:
         before = tx.row("SELECT * FROM AGENTS WHERE id = ?", agent)
         lifetime = ttl or (before["ttl"] if before else 120_000)
@@ -2590,11 +2884,11 @@ def register(daemon: Daemon, asker: Asker, id: Optional[AgentId] = None, name: O
         row = tx.row("SELECT * FROM AGENTS WHERE id = ?", agent)
         if row and not (before and before["alive"]):
             tx.emit("agent.register", agent, agent, agentId=agent, name=row["name"], type=row["type"])
-        if birth is not None:
+        if bound:
             tx.ring("keeper")
     return with_warnings(ok(agentId=agent, registered=True, ttl=lifetime, message=(
         f"{agent} is registered and lives for {span(lifetime)} after each heartbeat"
-        f"{f', and as long as process {pid}' if birth is not None else ''}")), warning)
+        f"{f', and as long as process {pid}' if bound and not warning else ''}")), warning)
 
 
 @operation("POST /agents/{id}/heartbeat", command="agent heartbeat", quiet="lastHeartbeat")
@@ -2704,13 +2998,12 @@ def update_webhook(daemon: Daemon, asker: Asker, id: HookId, url: Optional[HttpU
     if url:
         check_target(url, daemon.port, by_name=False)
     minted = {"secret": mint_secret()} if secret == "auto" else {}
-    columns = {"url": url, "events": maybe_json(events), "secret": minted.get("secret", secret),
-               "filter": filter_pattern, "active": active, "metadata": maybe_json(metadata)}
+    columns = present(url=url, events=maybe_json(events), secret=minted.get("secret", secret), filter=filter_pattern,
+                      active=active, metadata=maybe_json(metadata))
     with daemon.write() as tx:
         need_hook(tx, id)
         for column, value in columns.items():
-            if value is not None:
-                tx.run(f"UPDATE HOOKS SET {column} = ? WHERE id = ?", value, id)
+            tx.run(f"UPDATE HOOKS SET {column} = ? WHERE id = ?", value, id)
         tx.ring("courier")
     return {**get_webhook(daemon, asker, id), **minted}
 
@@ -2778,14 +3071,14 @@ def events(daemon: Daemon, asker: Asker, type: Optional[EventPattern] = None, af
     start = after if after is not None else asker.after
     cursor = current if start is None else start
     opening = sse("connected", {"lastId": current})
-    oldest = daemon.store.value("SELECT min(id) FROM EVENTS") or 0
+    forgotten = daemon.store.value("SELECT value FROM META WHERE key = 'forgotten'")
     if cursor > current:
         opening += sse("reset", {"from": cursor, "to": current})
         cursor = 0
-    elif start is not None and start + 1 < oldest and daemon.store.value("SELECT count(*) FROM EVENTS") >= KEEP_EVENTS:
-        opening += sse("gap", {"from": start, "to": oldest - 1})
+    elif cursor < forgotten:
+        opening += sse("gap", {"from": cursor, "to": forgotten})
 
-    def read() -> List[bytes]:
+    def read() -> list[bytes]:
         nonlocal cursor
         parts = []
         for row in event_list(daemon.store, type, after=cursor):
@@ -2793,7 +3086,8 @@ def events(daemon: Daemon, asker: Asker, type: Optional[EventPattern] = None, af
             parts.append(sse(row["kind"], event_view(row), cursor))
         return parts
 
-    return Stream(follow(daemon, asker, "events", opening, read))
+    topics = ["events", "channel:*"] if asks_for_messages(type) else ["events"]
+    return Stream(follow_topics(daemon, asker, topics, opening, read))
 
 
 @operation("GET /health")
@@ -2808,7 +3102,7 @@ def health(daemon: Daemon, asker: Asker) -> Reply:
 def version(daemon: Daemon, asker: Asker) -> Reply:
     """Which daemon this is: its version, protocol, instance and file."""
     return {"service": "port-daddy", "version": __version__, "protocol": PROTOCOL, "instance": daemon.instance,
-            "sha256": file_hash(__file__), "startedAt": daemon.started.wall, "pid": os.getpid(),
+            "sha256": daemon.sha256, "startedAt": daemon.started.wall, "pid": os.getpid(),
             "uptime": daemon.clock.now().awake - daemon.started.awake, "python": sys.version.split()[0]}
 
 
@@ -2850,6 +3144,15 @@ def failure_id(where: str) -> str:
     return number
 
 
+def attempt(where: str, work: Callable[[], T]) -> Optional[T]:
+    """Work that may fail without ending the thread it runs on: the failure is logged, and None returned."""
+    try:
+        return work()
+    except Exception:
+        failure_id(where)
+        return None
+
+
 class Worker(threading.Thread):
     """The wrapper: `work` is called again and again, joined to its topic, and returns how many ms it may sleep."""
 
@@ -2860,13 +3163,30 @@ class Worker(threading.Thread):
     def run(self) -> None:
         while not self.bell.closed:
             waiter = self.bell.join([self.topic])
-            try:
-                pause = self.work()
-            except Exception:
-                failure_id(self.topic)
-                pause = 1_000
-            self.bell.sleep(waiter, time.monotonic() + pause / 1000)
+            pause = attempt(self.topic, self.work)
+            self.bell.sleep(waiter, time.monotonic() + (1_000 if pause is None else pause) / 1000)
             self.bell.leave(waiter)
+
+
+class Errands:
+    """Work that may take long, a thread each, and never two of the same name at once."""
+
+    def __init__(self) -> None:
+        self.running: set[str] = set()  # adding and discarding are atomic
+
+    def start(self, name: str, work: Callable[[], Any], done: Callable[[], Any] = lambda: None) -> None:
+        def run() -> None:
+            if attempt(name, lambda: (work(),)) is None:
+                time.sleep(0.05)  # it failed, and may fail again at once
+            self.running.discard(name)
+            done()
+
+        if name not in self.running:
+            self.running.add(name)
+            try:
+                threading.Thread(target=run, name=name, daemon=True).start()
+            except RuntimeError:  # no thread to be had: the next round tries again
+                self.running.discard(name)
 
 
 class Checker:
@@ -2874,8 +3194,8 @@ class Checker:
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
-        self.due: Dict[str, float] = {}  # when each service is to be checked again, on the monotonic clock
-        self.running: Set[str] = set()
+        self.due: dict[str, float] = {}  # when each service is to be checked again, on the monotonic clock
+        self.errands = Errands()
 
     def work(self) -> int:
         daemon, now = self.daemon, time.monotonic()
@@ -2886,52 +3206,40 @@ class Checker:
         for row in rows:
             wanted = row["health"] is not None or row["id"] in awaited
             due = now >= self.due.get(row["id"], 0) or row["id"] in awaited and not row["healthy"]
-            if wanted and due and row["id"] not in self.running and not daemon.supervised(row):
+            if wanted and due and not daemon.supervised(row):
                 self.due[row["id"]] = now + HEALTH_EVERY / 1000
-                self.running.add(row["id"])
-                threading.Thread(target=self.check, args=(row,), name="check", daemon=True).start()
+                self.errands.start(row["id"], lambda row=row: daemon.check_health(row))  # type: ignore[misc]
         self.due = {row["id"]: self.due[row["id"]] for row in rows if row["id"] in self.due}
         return 250 if awaited else 1_000 if rows else TICK_AT_MOST
-
-    def check(self, row: Any) -> None:
-        try:
-            self.daemon.check_health(row)
-        finally:
-            self.running.discard(row["id"])
 
 
 class Courier:
     """Sends deliveries: one thread per webhook that has work, so that a slow receiver delays nobody else."""
 
     def __init__(self, daemon: Daemon) -> None:
-        self.daemon = daemon
-        self.busy: Set[str] = set()
+        self.daemon, self.errands = daemon, Errands()
 
     def work(self) -> int:
         store, awake = self.daemon.store, self.daemon.clock.now().awake
         rows = store.rows("SELECT hook, min(due) AS due FROM DELIVERIES JOIN HOOKS ON HOOKS.id = hook "
                           "WHERE due IS NOT NULL AND active GROUP BY hook")
         for row in rows:
-            if row["due"] <= awake and row["hook"] not in self.busy:
-                self.busy.add(row["hook"])
-                threading.Thread(target=self.serve, args=(row["hook"],), name="courier", daemon=True).start()
-        waits: List[int] = [max(row["due"] - awake, 1) for row in rows if row["hook"] not in self.busy]
+            if row["due"] <= awake:
+                self.errands.start(row["hook"], lambda hook=row["hook"]: self.serve(hook),  # type: ignore[misc]
+                                   lambda: self.daemon.bell.ring("courier"))  # more may have fallen due meanwhile
+        waits: list[int] = [max(row["due"] - awake, 1) for row in rows if row["hook"] not in self.errands.running]
         return min(waits, default=TICK_AT_MOST)
 
     def serve(self, hook: str) -> None:
         """Send what is due to one webhook, one after the other, until nothing is."""
         daemon = self.daemon
-        try:
-            while not daemon.bell.closed:
-                row = delivery_due(daemon.store, hook, daemon.clock.now().awake)
-                if not row:
-                    break
-                self.attempt(row)
-        finally:
-            self.busy.discard(hook)
-            daemon.bell.ring("courier")  # something may have fallen due since the last look
+        while not daemon.bell.closed:
+            row = delivery_due(daemon.store, hook, daemon.clock.now().awake)
+            if not row:
+                break
+            self.send(row)
 
-    def attempt(self, row: Any) -> None:
+    def send(self, row: Any) -> None:
         began, response, error, retry_after = time.monotonic(), None, None, None
         body = row["body"].encode()
         try:
@@ -2955,7 +3263,7 @@ class Courier:
         spread = 0.8 + 0.4 * int.from_bytes(os.urandom(2), "big") / 65535
         return round(1000 * max(RETRY_AFTER[attempts] * spread, min(retry_after or 0, 3600)))
 
-    def headers(self, row: Any, body: bytes) -> Dict[str, str]:
+    def headers(self, row: Any, body: bytes) -> dict[str, str]:
         """Both families: our own, and Standard Webhooks 1.0 (https://www.standardwebhooks.com)."""
         number, now = delivery_id(self.daemon, row["id"]), self.daemon.clock.now().wall
         headers = {"Content-Type": "application/json", "X-PortDaddy-Event": row["event"],
@@ -2997,64 +3305,26 @@ def verify_webhook(headers: Mapping[str, str], body: bytes, secret: str, toleran
                for given in found.get("webhook-signature", "").split(" "))
 
 
-class Watcher(threading.Thread):
-    """Sees the hang-ups of those who wait, with one selector, and wakes their waiters."""
+class Watcher:
+    """Sees the hang-ups of those who wait, and wakes their waiters: a look at all of them four times a second."""
 
-    def __init__(self) -> None:
-        import selectors
-        super().__init__(name="watcher", daemon=True)
-        self.selector = selectors.DefaultSelector()
-        self.ready = selectors.EVENT_READ
-        self.wakeup, self._wakeup = socket.socketpair()
-        self.selector.register(self._wakeup, self.ready)
-        self.closed = False
+    def __init__(self, daemon: Daemon) -> None:
+        self.bell = daemon.bell
+        self.watched: dict[socket.socket, Waiter] = {}  # storing and popping are atomic
 
-    def add(self, connection: socket.socket, bell: Bell, waiter: Waiter) -> None:
-        with contextlib.suppress(KeyError, ValueError, OSError):
-            self.selector.unregister(connection)  # a stream that waits again
-        with contextlib.suppress(KeyError, ValueError, OSError):  # closed meanwhile: the send will tell
-            self.selector.register(connection, self.ready, (bell, waiter))
+    def add(self, connection: socket.socket, waiter: Waiter) -> None:
+        self.watched[connection] = waiter
+        if len(self.watched) == 1:
+            self.bell.ring("watcher")
 
     def remove(self, connection: socket.socket) -> None:
-        with contextlib.suppress(KeyError, ValueError, OSError):
-            self.selector.unregister(connection)
+        self.watched.pop(connection, None)
 
-    def run(self) -> None:
-        while not self.closed:
-            for key, _ in self.selector.select():
-                if key.data is None:
-                    return
-                connection, (bell, waiter) = key.fileobj, key.data
-                self.remove(connection)  # type: ignore[arg-type]
-                if not has_peer(connection):  # type: ignore[arg-type]
-                    bell.hang_up(waiter)
-
-    def close(self) -> None:
-        self.closed = True
-        self.wakeup.close()
-        self.join(1)
-        self.selector.close()
-        self._wakeup.close()
-
-
-def has_peer(connection: socket.socket) -> bool:
-    """Whether the other side is still there; one that has closed only its sending half counts as gone.
-
-    Asked of the kernel without reading, and without touching the socket's timeout, which may be another thread's."""
-    import fcntl
-    import select
-    import termios
-    hang_up = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere a readable connection without a byte has ended
-    poller = select.poll()
-    try:
-        poller.register(connection, select.POLLIN | hang_up)
-        found = poller.poll(0)
-        events = found[0][1] if found else 0
-        if events & (hang_up | select.POLLHUP | select.POLLERR | select.POLLNVAL):
-            return False
-        return not events or fcntl.ioctl(connection, termios.FIONREAD, b"\0\0\0\0") != b"\0\0\0\0"
-    except (OSError, ValueError):
-        return False
+    def work(self) -> int:
+        for connection, waiter in list(self.watched.items()):
+            if not has_peer(connection):
+                self.bell.hang_up(waiter)
+        return 250 if self.watched else TICK_AT_MOST
 
 
 # ======================================================================================================================
@@ -3081,7 +3351,7 @@ HEADER_BLOCK = re.compile(rb"(?:" + TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*\r\
 HEADER = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
 SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "origin", "sec-fetch-site", "x-agent-id", "x-pid",
           "last-event-id", "expect", "authorization")  # headers that may not be sent twice
-LOCAL_NAMES: FrozenSet[str] = frozenset(("localhost", "127.0.0.1", "[::1]"))
+LOCAL_NAMES: frozenset[str] = frozenset(("localhost", "127.0.0.1", "[::1]"))
 
 
 class Request(NamedTuple):
@@ -3090,7 +3360,7 @@ class Request(NamedTuple):
     method: str
     target: str
     version: int  # of HTTP/1.x
-    headers: Dict[str, str]
+    headers: dict[str, str]
     length: int
 
 
@@ -3103,7 +3373,7 @@ def parse_head(head: bytes) -> Request:
     if not HEADER_BLOCK.fullmatch(head, line.end()):
         raise PortDaddyError("BAD_REQUEST", "a header line must be: name, colon, value, CR LF; no folding, no control "
                              "characters, no blank before the colon")
-    headers: Dict[str, str] = {}
+    headers: dict[str, str] = {}
     found = HEADER.findall(head, line.end())
     for raw_name, raw_value in found:
         name, value = raw_name.decode("ascii").lower(), raw_value.decode("latin-1")
@@ -3150,7 +3420,7 @@ class Router:
     """From method and path to an operation: a tree of path segments, literal ones before parameters."""
 
     def __init__(self, operations: Iterable[Operation]) -> None:
-        self.root: Dict[str, Any] = {}
+        self.root: dict[str, Any] = {}
         for one in operations:
             for method, path in one.routes:
                 node = self.root
@@ -3162,10 +3432,10 @@ class Router:
                     node = node.setdefault(segment, {})
                 node.setdefault("", {})[method] = (one, names)
 
-    def find(self, method: str, path: str) -> Tuple[Operation, Dict[str, str]]:
+    def find(self, method: str, path: str) -> tuple[Operation, dict[str, str]]:
         """The operation and its path parameters; the path is split first and decoded then (RFC 3986, 2.4)."""
         segments = [unquote(segment) if "%" in segment else segment for segment in path.split("/")[1:]]
-        values: List[str] = []
+        values: list[str] = []
         node = self.root
         for position, segment in enumerate(segments):
             if segment and segment in node:
@@ -3202,8 +3472,8 @@ def unquote(text: str, plus: bool = False) -> str:
         raise PortDaddyError("BAD_REQUEST", "the target does not decode to UTF-8") from None
 
 
-def parse_query(query: str) -> Dict[str, str]:
-    values: Dict[str, str] = {}
+def parse_query(query: str) -> dict[str, str]:
+    values: dict[str, str] = {}
     for pair in query.split("&"):
         if pair:
             name, _, value = pair.partition("=")
@@ -3214,7 +3484,7 @@ def parse_query(query: str) -> Dict[str, str]:
     return values
 
 
-def parse_body(headers: Mapping[str, str], body: bytes) -> Dict[str, Any]:
+def parse_body(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
     """The JSON object of a body; none is an empty one."""
     if not body:
         return {}
@@ -3245,9 +3515,9 @@ class HttpAsker(Asker):
     def connected(self) -> bool:
         return has_peer(self.connection.socket)
 
-    def watch(self, bell: Bell, waiter: Waiter) -> None:
+    def watch(self, waiter: Waiter) -> None:
         self.connection.watched = True
-        self.connection.server.watcher.add(self.connection.socket, bell, waiter)
+        self.connection.server.watcher.add(self.connection.socket, waiter)
 
 
 class Connection:
@@ -3260,19 +3530,27 @@ class Connection:
         self.watched = False
         self.close_after = False
         self.bodiless = False  # the answer to HEAD has no body (RFC 9110, 9.3.2)
+        self.streaming = False
 
     def serve(self) -> None:
         try:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while not self.close_after and self.serve_one():
                 self.idle_since = time.monotonic()
-        except (OSError, ValueError, AskerGone):
+        except (OSError, AskerGone):
             pass  # the other side has gone, or we closed the connection: there is nobody to tell
+        except Exception:
+            number = failure_id("a request")
+            if not self.streaming:
+                self.close_after = True
+                with contextlib.suppress(OSError):
+                    self.send(500, PortDaddyError("INTERNAL", f"the daemon failed; its log says more under [{number}]",
+                                                  id=number).body, "", None)
         finally:
             self.server.watcher.remove(self.socket)
 
     def serve_one(self) -> bool:
-        """One request and its answer; False when there was none."""
+        """One request and its answer; False when there was none, or when it has been a stream."""
         self.close_after, self.bodiless = True, False  # until the whole request has been read
         asker: Optional[HttpAsker] = None
         try:
@@ -3288,16 +3566,12 @@ class Connection:
             asker = HttpAsker(self, request.headers)
             reply = self.run(request, body, asker)
             if isinstance(reply, Stream):
-                return self.send_stream(reply)
+                self.server.daemon.check_crowd()
             status, extra = 200, ""
         except PortDaddyError as problem:
             status, extra, reply = problem.status, self.extra_headers(problem), problem.body
-        except (AskerGone, OSError):
-            raise
-        except Exception:
-            number = failure_id("a request")
-            status, extra, reply = 500, "", PortDaddyError(
-                "INTERNAL", f"the daemon failed; its log says more under [{number}]", id=number).body
+        if isinstance(reply, Stream):
+            return self.send_stream(reply)
         return self.send(status, reply, extra, asker)
 
     @staticmethod
@@ -3367,7 +3641,7 @@ class Connection:
         if not path.startswith("/"):
             raise PortDaddyError("BAD_REQUEST", "the target must be a path that begins with /")
         one, texts = self.server.router.find(method, path)
-        fields: Dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         if method in ("GET", "DELETE"):
             for name, text in parse_query(query).items():
                 if name in texts:
@@ -3385,17 +3659,18 @@ class Connection:
         if self.watched:
             self.watched = False
             self.server.watcher.remove(self.socket)
-        body = to_json(reply).encode()
-        if self.close_after:
-            extra += "Connection: close\r\n"
-        head = (f"HTTP/1.1 {status} {REASONS[status]}\r\n{self.server.signature}Content-Type: application/json\r\n"
-                f"Content-Length: {len(body)}\r\n{extra}\r\n")
         try:
+            body = to_json(reply).encode()
+            if self.close_after:
+                extra += "Connection: close\r\n"
+            head = (f"HTTP/1.1 {status} {REASONS[status]}\r\n{self.server.signature}Content-Type: application/json\r\n"
+                    f"Content-Length: {len(body)}\r\n{extra}\r\n")
             self.socket.settimeout(SEND_TIMEOUT)
             self.socket.sendall(head.encode() + (b"" if self.bodiless else body))
-        except OSError:
+        except BaseException:
             if asker and asker.undo:
-                asker.undo()
+                with contextlib.suppress(PortDaddyError):
+                    asker.undo()
             raise
         if self.close_after:
             self.linger()
@@ -3411,7 +3686,7 @@ class Connection:
 
     def send_stream(self, stream: Stream) -> bool:
         """An event stream ends with its connection, ours or theirs; a reader that takes nothing for 10 s is dropped."""
-        self.close_after = True
+        self.close_after = self.streaming = True
         self.socket.settimeout(SEND_TIMEOUT)
         self.socket.sendall(f"HTTP/1.1 200 OK\r\n{self.server.signature}Content-Type: text/event-stream\r\n"
                             f"Connection: close\r\n\r\n".encode())
@@ -3425,132 +3700,140 @@ class Connection:
 
 
 class Server:
-    """A daemon with its doors open. `start` takes the folder, the port and the threads in this order; `stop` gives them
-    back in the reverse one."""
+    """A daemon with its doors open. `start` takes the folder, the port and the threads in this order, each with the way
+    to give it back; `stop` goes that way backwards."""
 
     def __init__(self, settings: Settings, clock: Optional[Clock] = None) -> None:
         self.settings, self.clock = settings, clock
-        self.stopping = False
-        self.connections: Set[Connection] = set()
+        self.stopping, self.reason = False, "stop"
+        self.connections: set[Connection] = set()
         self.router = Router(OPERATIONS)
+        self.undo = contextlib.ExitStack()
 
     def start(self) -> None:
-        open_home(self.settings.home)
-        self.home_lock = lock_home(self.settings.home)
-        if self.home_lock is None:
-            other = read_daemon_file(self.settings.home) or {"url": "an unknown address", "pid": "unknown"}
-            raise PortDaddyError("ALREADY_RUNNING", f"a daemon already serves {self.settings.home}: pid {other['pid']} at "
-                                 f"{other['url']}", **other)
-        try:
-            self.listeners = open_listeners(self)
-            self.port = self.listeners[0].server_address[1]
-            self.url = f"http://127.0.0.1:{self.port}"
-            self.daemon = Daemon(self.settings, self.clock)
-        except BaseException:
-            self.close_doors()
-            os.close(self.home_lock)
-            raise
-        daemon = self.daemon
-        daemon.port = self.port
-        self.signature = (f"Server: port-daddy/{__version__} protocol/{PROTOCOL} instance/{daemon.instance}\r\n"
-                          "Cache-Control: no-store\r\n")
-        self.watcher = Watcher()
-        self.workers = [Worker(daemon, "keeper", lambda: daemon.tick(daemon.clock.now())),
-                        Worker(daemon, "checker", Checker(daemon).work), Worker(daemon, "courier", Courier(daemon).work)]
-        with daemon.write() as tx:
-            tx.emit("daemon.start", "daemon", version=__version__, port=self.port, pid=os.getpid())
-        self.acceptors = [threading.Thread(target=listener.serve_forever, name="acceptor", daemon=True)
-                          for listener in self.listeners]
-        for thread in (self.watcher, *self.workers, *self.acceptors):
-            thread.start()
-        write_file(os.path.join(self.settings.home, "daemon.json"), to_json({
-            "url": self.url, "pid": os.getpid(), "startedAt": daemon.started.wall, "instance": daemon.instance,
-            "version": __version__}))
+        home = self.settings.home
+        open_home(home)
+        with self.undo as undo:
+            home_lock = lock_home(home)
+            if home_lock is None:
+                other = read_daemon_file(home) or {"url": "an unknown address", "pid": "unknown"}
+                raise PortDaddyError("ALREADY_RUNNING", f"a daemon already serves {home}: pid {other['pid']} at "
+                                     f"{other['url']}", **other)
+            undo.callback(os.close, home_lock)
+            doors = open_doors(self)
+            for door in doors:
+                undo.callback(door.close)
+            host, self.port = doors[0].server_address[:2]
+            self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+            self.daemon = daemon = Daemon(self.settings, self.clock)
+            undo.callback(daemon.store.close)
+            daemon.port = self.port
+            self.signature = (f"Server: port-daddy/{__version__} protocol/{PROTOCOL} instance/{daemon.instance}\r\n"
+                              "Cache-Control: no-store\r\n")
+            with daemon.write() as tx:
+                tx.emit("daemon.start", "daemon", version=__version__, port=self.port, pid=os.getpid())
+            undo.callback(self.say_stop)
+            self.watcher = Watcher(daemon)
+            threads: list[threading.Thread] = [
+                Worker(daemon, "keeper", lambda: daemon.tick(daemon.clock.now())),
+                Worker(daemon, "checker", Checker(daemon).work), Worker(daemon, "courier", Courier(daemon).work),
+                Worker(daemon, "watcher", self.watcher.work),
+                *(threading.Thread(target=door.serve_forever, name="acceptor", daemon=True) for door in doors)]
+            undo.callback(self.finish, doors, threads)
+            for thread in threads:
+                thread.start()
+            undo.callback(remove_file, os.path.join(home, "daemon.json"))
+            write_file(os.path.join(home, "daemon.json"), to_json({
+                "url": self.url, "pid": os.getpid(), "startedAt": daemon.started.wall, "instance": daemon.instance,
+                "version": __version__}))
+            self.undo = undo.pop_all()
 
     def stop(self, reason: str = "stop") -> None:
         """No new work; waiters are answered, running requests finish within 5 s, the database is folded."""
+        self.reason = reason
+        self.undo.close()
+
+    def finish(self, doors: Sequence[Any], threads: Sequence[threading.Thread]) -> None:
+        """Shut the doors, and wait for those who are inside."""
         self.stopping = True
-        daemon = self.daemon
-        self.close_doors()
-        daemon.bell.close()
+        for door in doors:
+            door.close()
+        self.daemon.bell.close()
         deadline = time.monotonic() + STOP_TIMEOUT
-        for connection in list(self.connections):
-            if connection.idle_since is not None:
-                with contextlib.suppress(OSError):
-                    connection.socket.shutdown(socket.SHUT_RD)  # its thread reads the end and leaves
         while self.connections and time.monotonic() < deadline:
+            for connection in list(self.connections):
+                if connection.idle_since is not None:
+                    with contextlib.suppress(OSError):
+                        connection.socket.shutdown(socket.SHUT_RD)  # its thread reads the end and leaves
             time.sleep(0.005)
-        for thread in (*self.acceptors, *self.workers):
+        for thread in threads:
             thread.join(1)
-        self.watcher.close()
-        with daemon.write() as tx:
-            tx.emit("daemon.stop", "daemon", signal=reason, version=__version__,
-                    uptime=tx.now.awake - daemon.started.awake)
-        remove_file(os.path.join(self.settings.home, "daemon.json"))
-        daemon.close()
-        if self.home_lock is not None:
-            os.close(self.home_lock)
 
-    def close_doors(self) -> None:
-        for listener in getattr(self, "listeners", ()):
-            listener.close()
+    def say_stop(self) -> None:
+        with contextlib.suppress(PortDaddyError), self.daemon.write() as tx:
+            tx.emit("daemon.stop", "daemon", signal=self.reason, version=__version__,
+                    uptime=tx.now.awake - self.daemon.started.awake)
 
-    def handle(self, connection: socket.socket) -> None:
-        """Serve one connection in its own thread, to its end."""
-        served = Connection(self, connection)
-        self.connections.add(served)
-        try:
-            served.serve()
-        finally:
-            self.connections.discard(served)
-            connection.close()
+    def admit(self, connection: socket.socket) -> Optional[Connection]:
+        """A connection that may come in, or None when there is no room."""
+        if not self.make_room():
+            return None
+        admitted = Connection(self, connection)
+        self.connections.add(admitted)
+        return admitted
 
     def make_room(self) -> bool:
         """Whether one more connection may come in: when all are taken, the longest idle one goes."""
         if len(self.connections) < self.settings.max_connections:
             return True
-        idle = [one for one in list(self.connections) if one.idle_since is not None]
-        if idle:
-            with contextlib.suppress(OSError):
-                min(idle, key=lambda one: one.idle_since or 0).socket.shutdown(socket.SHUT_RDWR)
-        return bool(idle)
+        idle = [(one.idle_since, one) for one in list(self.connections) if one.idle_since is not None]
+        if not idle:
+            return False
+        _, victim = min(idle, key=lambda pair: pair[0])
+        victim.idle_since = None  # nobody's victim a second time
+        with contextlib.suppress(OSError):
+            victim.socket.shutdown(socket.SHUT_RDWR)
+        return True
 
 
-def open_listeners(server: Server) -> List[Any]:
-    """A listener on each loopback family, on one port: the one wanted, or any that is free on both."""
-    wanted = server.settings.port
-    families = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+def open_doors(server: Server) -> list[Any]:
+    """A listening server on each loopback family, on one port: the one wanted, or any that is free on both."""
+    wanted, host = server.settings.port, server.settings.host
+    families = [(family, address) for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+                if host in ("", "localhost", address)]
     for _ in range(20):
-        opened: List[Any] = []
+        opened: list[Any] = []
         for family, address in families:
             port = opened[0].server_address[1] if opened else wanted
             try:
-                opened.append(make_listener(server, family, address, port))
+                opened.append(open_door(server, family, address, port))
             except OSError as error:
-                if family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                if len(families) > 1 and family == socket.AF_INET6 and error.errno in (
+                        errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                     continue  # a machine without IPv6
-                for listener in opened:
-                    listener.close()
+                for door in opened:
+                    door.server_close()
                 if error.errno != errno.EADDRINUSE:
-                    raise PortDaddyError("PORT_TAKEN", f"port {port} cannot be bound: {error.strerror}") from None
+                    raise PortDaddyError("CANNOT_LISTEN", f"port {port} cannot be bound: {error.strerror}") from None
                 break
         else:
             return opened
         if wanted:
-            raise PortDaddyError("PORT_TAKEN", f"port {wanted} is taken by {port_holder(wanted)[1]}; stop that, or set "
+            raise PortDaddyError("CANNOT_LISTEN", f"port {wanted} is taken by {port_holder(wanted)[1]}; stop that, or set "
                                  "PORT_DADDY_PORT (0: any free port)", port=wanted)
-    raise PortDaddyError("PORT_TAKEN", "no port is free on both 127.0.0.1 and ::1")
+    raise PortDaddyError("CANNOT_LISTEN", "no port is free on both 127.0.0.1 and ::1")
 
 
-def make_listener(server: Server, family: int, address: str, port: int) -> Any:
+def open_door(server: Server, family: int, address: str, port: int) -> Any:
     from http.server import ThreadingHTTPServer
 
-    class Listener(ThreadingHTTPServer):
+    class Door(ThreadingHTTPServer):
         """The standard library's threading server, with our own connections, and a stop that does not wait."""
 
         address_family = family
         request_queue_size = 1024
         block_on_close = False
+        closed = False
 
         def server_bind(self) -> None:
             if family == socket.AF_INET6:
@@ -3559,34 +3842,35 @@ def make_listener(server: Server, family: int, address: str, port: int) -> Any:
             self.socket.bind((address, port))  # without HTTPServer's look-up of our own name, which can take seconds
             self.server_address = self.socket.getsockname()
 
-        def finish_request(self, request: Any, client_address: Any) -> None:
-            server.handle(request)
-
-        def shutdown_request(self, request: Any) -> None:
-            request.close()
-
         def serve_forever(self, poll_interval: float = 0.5) -> None:
             while not self.closed:
                 try:
-                    request, client = self.socket.accept()
-                    if self.closed or not server.make_room():
-                        request.close()
+                    connection, client = self.socket.accept()
+                    admitted = None if self.closed else server.admit(connection)
+                    if admitted:
+                        self.process_request(admitted, client)  # type: ignore[arg-type]
                     else:
-                        self.process_request(request, client)
+                        connection.close()
                 except (OSError, RuntimeError):  # out of descriptors or threads, or closed: neither stop nor spin
                     if not self.closed:
                         time.sleep(0.02)
 
-        closed = False
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            request.serve()
+
+        def shutdown_request(self, request: Any) -> None:
+            server.connections.discard(request)
+            request.socket.close()
 
         def close(self) -> None:
             """Wake the acceptor, which blocks in accept, and let go of the port."""
-            self.closed = True
-            with contextlib.suppress(DaemonUnreachable):
-                dial([(family, 0, 0, "", self.server_address)], 1).close()
-            self.server_close()
+            if not self.closed:
+                self.closed = True
+                with contextlib.suppress(DaemonUnreachable):
+                    dial([(family, 0, 0, "", self.server_address)], 1).close()
+                self.server_close()
 
-    return Listener((address, port), None)  # type: ignore[arg-type]
+    return Door((address, port), None)  # type: ignore[arg-type]
 
 
 def read_daemon_file(home: str) -> Optional[Reply]:
@@ -3622,21 +3906,26 @@ class Link:
             raise DaemonUnreachable(f"no daemon answers at {url} ({problem}); start one with: python3 port_daddy.py start"
                                     ) from None
         self.host = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self.url, self.buffer, self.used = url, b"", time.monotonic()
-        # Nothing of ours is sent before it is certain that a Port Daddy listens, and not whoever took its port.
-        self.send("GET", "/health", {}, b"")
-        headers = self.read_head(timeout)[1]
-        self.read_body(int(headers.get("content-length", "0")), timeout)
+        self.url, self.buffer, self.used, self.pid, self.timeout = url, b"", time.monotonic(), os.getpid(), timeout
+        try:  # nothing of ours is sent before it is certain that a Port Daddy listens, and not whoever took its port
+            self.send("GET", "/health", {}, b"")
+            self.read_body(self.read_head(timeout)[1], timeout)
+        except BaseException:
+            self.close()
+            raise
 
     def fresh(self) -> bool:
-        """Whether it may be used again: not idle for long, and nothing to read, which would be its end."""
-        import select
-        poller = select.poll()
-        poller.register(self.socket, select.POLLIN)
-        return time.monotonic() - self.used < IDLE_AT_MOST and not poller.poll(0)
+        """Whether it may be used again: not idle for long, not a fork's, and nothing to read, which would be its end."""
+        return time.monotonic() - self.used < IDLE_AT_MOST and self.pid == os.getpid() and not is_readable(self.socket)
 
     def close(self) -> None:
         self.socket.close()
+
+    def end(self) -> None:
+        """Close it under a thread that may be reading from it."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.close()
 
     def send(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> None:
         lines = [f"{method} {target} HTTP/1.1", f"Host: {self.host}"]
@@ -3644,9 +3933,10 @@ class Link:
         if body:
             lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         with self.failing():
+            self.socket.settimeout(self.timeout)
             self.socket.sendall("\r\n".join([*lines, "", ""]).encode("utf-8") + body)
 
-    def read_head(self, timeout: float) -> Tuple[int, Dict[str, str]]:
+    def read_head(self, timeout: float) -> tuple[int, dict[str, str]]:
         """Status and headers of a reply, once it is certain that a Port Daddy sent it."""
         deadline = time.monotonic() + timeout
         while b"\r\n\r\n" not in self.buffer and len(self.buffer) < 65536:
@@ -3659,13 +3949,14 @@ class Link:
                                     "PORT_DADDY_PORT to where the daemon is")
         return int(first.split(" ")[1]), headers
 
-    def read_body(self, length: int, timeout: float) -> bytes:
-        deadline = time.monotonic() + timeout
+    def read_body(self, headers: Mapping[str, str], timeout: float) -> Any:
+        """The JSON value that follows a head."""
+        deadline, length = time.monotonic() + timeout, int(headers.get("content-length", "0"))
         while len(self.buffer) < length:
             self.read_more(deadline)
         body, self.buffer = self.buffer[:length], self.buffer[length:]
         self.used = time.monotonic()
-        return body
+        return json.loads(body)
 
     def read_more(self, deadline: float) -> None:
         with self.failing():
@@ -3683,6 +3974,15 @@ class Link:
             raise PortDaddyError("TIMED_OUT", f"the daemon at {self.url} did not answer in time") from None
         except OSError as error:
             raise DaemonUnreachable(f"the connection to the daemon at {self.url} broke ({error})") from None
+
+
+SPAN = Period(0, 2 ** 40)
+AGAIN = ("claim", "heartbeat", "wait_for_services")  # POSTs that do the same when they are asked twice
+
+
+def milliseconds(value: Union[int, str]) -> int:
+    """A duration in either way of writing it."""
+    return int(Field("duration", "a duration", SPAN, True, None).check(str(value), read=True))
 
 
 def quote(text: str) -> str:
@@ -3708,51 +4008,62 @@ class Caller:
         self.pid = os.getpid() if pid is None else pid
         self.timeout, self.autostart = timeout, autostart
         self.server = ""  # what the daemon last said of itself: port-daddy/<version> protocol/<n> instance/<id>
-        self._idle: List[Link] = []  # a list's append and pop are atomic
+        self._idle: list[Link] = []  # appending and popping are atomic
 
     def close(self) -> None:
         """Close the connections that are kept alive; the client goes on working."""
         while self._idle:
             self._idle.pop().close()
 
-    def _link(self) -> Link:
+    def connect(self) -> Link:
+        """A connection that is kept alive, or a new one."""
         while self._idle:
             link = self._idle.pop()
             if link.fresh():
                 return link
             link.close()
         url = self.url or find_url(self.settings)
-        if self.autostart and not self.url:
-            try:
-                return Link(url, self.timeout / 1000)
-            except DaemonUnreachable:
-                url = start_daemon(self.settings)
-        return Link(url, self.timeout / 1000)
+        try:
+            return Link(url, self.timeout / 1000)
+        except DaemonUnreachable:
+            if not self.autostart or self.url:
+                raise
+        return Link(start_daemon(self.settings), self.timeout / 1000)
 
-    def _headers(self) -> Dict[str, str]:
+    def headers(self) -> dict[str, str]:
         headers = {"X-Pid": str(self.pid)} if self.pid else {}
         if self.agent_id:
             headers["X-Agent-Id"] = self.agent_id
         return headers
 
-    def call(self, method: str, path: str, fields: Mapping[str, Any], wait: Any = 0, again: bool = False) -> Reply:
-        """One request: fields by wire name (None is left out), `wait` how long the operation may wait by itself, and
-        `again` whether it may be repeated when the connection broke after it was sent."""
-        given = {name: value for name, value in fields.items() if value is not None or name == "payload"}
-        body = to_json(given).encode("utf-8", "surrogatepass") if method in ("POST", "PUT") else b""
-        if given and not body:
-            path += "?" + "&".join(f"{name}={quote(wire_value(value))}" for name, value in given.items())
-        timeout = (self.timeout + (Period(0, 2 ** 40).read(str(wait)) if wait else 0)) / 1000
+    def ask(self, name: str, given: Mapping[str, Any]) -> Reply:
+        """Perform an operation: its fields by their Python names, None for what is left out (but in `payload`)."""
+        method, path = next(one for one in OPERATIONS if one.name == name).routes[0]
+        fields = {camel(field): value for field, value in given.items()
+                  if field != "self" and (value is not None or field == "payload")}
+        for wire in re.findall(r"\{(\w+)", path):
+            path = re.sub(rf"\{{{wire}(\.\.\.)?\}}", quote(str(fields.pop(wire))), path)
+        wait = milliseconds(fields.get("timeout", fields.get("wait", 0)))
+        body = to_json(fields).encode("utf-8", "surrogatepass") if method in ("POST", "PUT") else b""
+        if fields and not body:
+            path += "?" + "&".join(f"{wire}={quote(wire_value(value))}" for wire, value in fields.items())
+        again = name in AGAIN or method in ("GET", "PUT") and (name != "poll" or "after" in fields) or (
+            name == "register" and bool(self.agent_id or fields.get("id")))
+        return self._exchange(method, path, body, (self.timeout + wait) / 1000, again)
+
+    def _exchange(self, method: str, path: str, body: bytes, timeout: float, again: bool) -> Reply:
+        """Send a request and read its reply; up to three times, where that is safe (`again`: after it was sent)."""
         for last in (False, False, True):
-            sent = False
+            link: Optional[Link] = None
             try:
-                link = self._link()
-                sent = True
-                link.send(method, path, self._headers(), body)
+                link = self.connect()
+                link.send(method, path, self.headers(), body)
                 status, headers = link.read_head(timeout)
-                reply = json.loads(link.read_body(int(headers.get("content-length", "0")), timeout))
-            except DaemonUnreachable:
-                if last or sent and not again:
+                reply = link.read_body(headers, timeout)
+            except BaseException as problem:
+                if link:
+                    link.close()  # the daemon must not wait for us, nor we read a late answer as that of another request
+                if not isinstance(problem, DaemonUnreachable) or last or link and not again or self.autostart and not link:
                     raise
                 time.sleep(0.05)
                 continue
@@ -3761,25 +4072,12 @@ class Caller:
                 link.close()
             else:
                 self._idle.append(link)
-            if status == 503 and "retry-after" in headers and not last:
-                time.sleep(min(int(headers["retry-after"]), 5))
-                continue
-            if status >= 400:
+            if status < 400:
+                return reply  # type: ignore[no-any-return]
+            if status != 503 or last or "retry-after" not in headers:
                 raise problem_from_reply(status, reply)
-            return reply  # type: ignore[no-any-return]
+            time.sleep(min(int(headers["retry-after"]), 5))
         raise AssertionError("the last round returns or raises")
-
-    def _get(self, path: str, wait: Any = 0, again: bool = True, **fields: Any) -> Reply:
-        return self.call("GET", path, {camel(name): value for name, value in fields.items()}, wait, again)
-
-    def _post(self, path: str, wait: Any = 0, again: bool = False, **fields: Any) -> Reply:
-        return self.call("POST", path, {camel(name): value for name, value in fields.items()}, wait, again)
-
-    def _put(self, path: str, **fields: Any) -> Reply:
-        return self.call("PUT", path, {camel(name): value for name, value in fields.items()}, again=True)
-
-    def _delete(self, path: str, **fields: Any) -> Reply:
-        return self.call("DELETE", path, {camel(name): value for name, value in fields.items()})
 
 
 class PortDaddy(Caller):
@@ -3801,86 +4099,94 @@ class PortDaddy(Caller):
 
     def claim(self, id: str, *, port: Optional[int] = None, exact: bool = False,
               range: Optional[Sequence[int]] = None, agent: Optional[str] = None, pid: Optional[int] = None,
-              cmd: Optional[str] = None, cwd: Optional[str] = None, expires: Optional[Union[int, str]] = None,
+              cmd: Optional[str] = None, cwd: Optional[str] = None, expires: Optional[Span] = None,
               pair: Optional[str] = None, health: Optional[str] = None, move: bool = False,
-              metadata: Optional[Mapping[str, Any]] = None) -> Reply:
+              metadata: Optional[Facts] = None) -> Reply:
         """Claim a port by name. -> {id, port, status, existing, preferred, endpoints, message[, warning]}"""
-        return self._post("/claim", again=True, id=id, port=port, exact=exact, range=range and list(range), agent=agent,
-                          pid=pid, cmd=cmd, cwd=cwd, expires=expires, pair=pair, health=health, move=move,
-                          metadata=metadata)
+        return self.ask("claim", locals())
 
     def release(self, id: Optional[str] = None, *, force: bool = False, expired: bool = False) -> Reply:
         """Release a service, or all that a pattern covers. -> {released, releasedPorts, message}"""
-        return self._post("/release", id=id, force=force, expired=expired)
+        return self.ask("release", locals())
 
     def remove_service(self, id: str) -> Reply:
         """Release one service. -> as release"""
-        return self._delete(f"/services/{quote(id)}")
+        return self.ask("remove_service", locals())
 
     def list_services(self, pattern: Optional[str] = None, *, status: Optional[str] = None, port: Optional[int] = None,
                       expired: Optional[bool] = None, limit: Optional[int] = None) -> Reply:
         """-> {services: [service], count}"""
-        return self._get("/services", pattern=pattern, status=status, port=port, expired=expired, limit=limit)
+        return self.ask("list_services", locals())
 
     def get_service(self, id: str) -> Reply:
         """-> the service's fields, and again under `service`; NOT_FOUND"""
-        return self._get(f"/services/{quote(id)}")
+        return self.ask("get_service", locals())
 
     def update_service(self, id: str, *, status: Optional[str] = None, pid: Optional[int] = None,
                        health: Optional[str] = None, latency: Optional[int] = None, error: Optional[str] = None,
-                       checked_by: Optional[str] = None, metadata: Optional[Mapping[str, Any]] = None) -> Reply:
+                       checked_by: Optional[str] = None, metadata: Optional[Facts] = None) -> Reply:
         """Report on a service. -> as get_service"""
-        return self._put(f"/services/{quote(id)}", status=status, pid=pid, health=health, latency=latency, error=error,
-                         checked_by=checked_by, metadata=metadata)
+        return self.ask("update_service", locals())
 
     def set_endpoint(self, id: str, env: str, url: str) -> Reply:
         """-> {id, endpoints, message}; NOT_FOUND when the service is unknown"""
-        return self._put(f"/services/{quote(id)}/endpoints/{quote(env)}", url=url)
+        return self.ask("set_endpoint", locals())
 
     def remove_endpoint(self, id: str, env: str) -> Reply:
         """-> {removed}"""
-        return self._delete(f"/services/{quote(id)}/endpoints/{quote(env)}")
+        return self.ask("remove_endpoint", locals())
 
     def list_health(self) -> Reply:
         """-> {services: [{id, healthy, status, latency, checkedAt, error}], count}"""
-        return self._get("/services/health")
+        return self.ask("list_health", {})
 
     def service_health(self, id: str) -> Reply:
         """-> {id, healthy, status, latency, checkedAt, error}"""
-        return self._get(f"/services/health/{quote(id)}")
+        return self.ask("service_health", locals())
 
-    def wait_for_service(self, id: str, *, timeout: Union[int, str] = 60_000) -> Reply:
+    def wait_for_service(self, id: str, *, timeout: Span = 60_000) -> Reply:
         """Wait until a service is up. -> {services, healthy}; TIMED_OUT with waitingFor"""
-        return self._get(f"/wait/{quote(id)}", wait=timeout, timeout=timeout)
+        return self.ask("wait_for_service", locals())
 
-    def wait_for_services(self, services: Sequence[str], *, timeout: Union[int, str] = 60_000) -> Reply:
+    def wait_for_services(self, services: Sequence[str], *, timeout: Span = 60_000) -> Reply:
         """Wait until all of them are up. -> {services, healthy}; TIMED_OUT with waitingFor"""
-        return self._post("/wait", wait=timeout, again=True, services=list(services), timeout=timeout)
+        return self.ask("wait_for_services", locals())
+
+    def get_logs(self, id: str, *, tail: Optional[int] = None, after: Optional[int] = None) -> Reply:
+        """-> {lines: [{id, stream, text, at}], count}, oldest first"""
+        return self.ask("get_logs", locals())
+
+    def follow_logs(self, id: str, *, tail: int = 100) -> Subscription:
+        """An iterator of the lines that a service prints, beginning with the last ones."""
+        return Subscription(self, f"/services/{quote(id)}/logs?follow=true&tail={tail}", None)
+
+    def add_logs(self, id: str, lines: Sequence[Facts]) -> Reply:
+        """Send in what a service printed: {text, stream, at} each. -> {added}"""
+        return self.ask("add_logs", locals())
 
     def list_system_ports(self, *, range_only: bool = False, unmanaged_only: bool = False) -> Reply:
         """-> {ports: [{port, pid, command, service}], count}"""
-        return self._get("/ports/system", range_only=range_only, unmanaged_only=unmanaged_only)
+        return self.ask("list_system_ports", locals())
 
     def cleanup(self) -> Reply:
         """Release services whose process is dead or whose time is over. -> {freed: [id], count}"""
-        return self._post("/ports/cleanup")
+        return self.ask("cleanup", {})
 
     # --- channels -----------------------------------------------------------------------------------------------------
 
     def publish(self, channel: str, payload: Any, *, sender: Optional[str] = None,
-                expires: Optional[Union[int, str]] = None) -> Reply:
+                expires: Optional[Span] = None) -> Reply:
         """-> {id, channel, message}"""
-        return self._post(f"/msg/{quote(channel)}", payload=payload, sender=sender, expires=expires)
+        return self.ask("publish", locals())
 
     def get_messages(self, channel: str, *, limit: Optional[int] = None, after: Optional[int] = None) -> Reply:
         """-> {messages: [{id, channel, payload, sender, createdAt}], count, lastId}"""
-        return self._get(f"/msg/{quote(channel)}", limit=limit, after=after)
+        return self.ask("get_messages", locals())
 
-    def poll(self, channel: str, *, timeout: Union[int, str] = 30_000, after: Optional[int] = None,
+    def poll(self, channel: str, *, timeout: Span = 30_000, after: Optional[int] = None,
              group: Optional[str] = None) -> Reply:
         """Wait for the next message. -> {message: object or None, lastId}"""
-        return self._get(f"/msg/{quote(channel)}/poll", wait=timeout, again=after is not None, timeout=timeout,
-                         after=after, group=group)
+        return self.ask("poll", locals())
 
     def subscribe(self, channel: str, *, after: Optional[int] = None,
                   on_loss: Optional[Callable[[Reply], None]] = None) -> Subscription:
@@ -3890,40 +4196,39 @@ class PortDaddy(Caller):
 
     def list_channels(self) -> Reply:
         """-> {channels: [{channel, count, lastId, lastMessage, subscribers}], count}"""
-        return self._get("/channels")
+        return self.ask("list_channels", {})
 
     def clear_channel(self, channel: str) -> Reply:
         """-> {deleted}"""
-        return self._delete(f"/msg/{quote(channel)}")
+        return self.ask("clear_channel", locals())
 
     # --- locks --------------------------------------------------------------------------------------------------------
 
-    def lock(self, name: str, *, owner: Optional[str] = None, ttl: Union[int, str] = 300_000, wait: Union[int, str] = 0,
-             pid: Optional[int] = None, metadata: Optional[Mapping[str, Any]] = None) -> Reply:
+    def lock(self, name: str, *, owner: Optional[str] = None, ttl: Span = 300_000, wait: Span = 0,
+             pid: Optional[int] = None, metadata: Optional[Facts] = None) -> Reply:
         """Take a lock, or wait in line for it. -> {name, owner, token, acquiredAt, expiresAt, waited}; LOCK_HELD"""
-        return self.call("POST", f"/locks/{quote(name)}", {"owner": owner, "ttl": ttl, "wait": wait, "pid": pid,
-                                                           "metadata": metadata}, wait)
+        return self.ask("lock", locals())
 
     def extend_lock(self, name: str, *, owner: Optional[str] = None, token: Optional[int] = None,
-                    ttl: Union[int, str] = 300_000) -> Reply:
+                    ttl: Span = 300_000) -> Reply:
         """-> {expiresAt}; LOCK_LOST, NOT_OWNER"""
-        return self._put(f"/locks/{quote(name)}", owner=owner, token=token, ttl=ttl)
+        return self.ask("extend_lock", locals())
 
     def unlock(self, name: str, *, owner: Optional[str] = None, token: Optional[int] = None,
                force: bool = False) -> Reply:
         """-> {released: bool}; LOCK_LOST, NOT_OWNER"""
-        return self._delete(f"/locks/{quote(name)}", owner=owner, token=token, force=force)
+        return self.ask("unlock", locals())
 
     def check_lock(self, name: str, *, token: Optional[int] = None) -> Reply:
         """-> {held, owner, token, pid, acquiredAt, expiresAt, waiting, metadata, holders[, valid]}"""
-        return self._get(f"/locks/{quote(name)}", token=token)
+        return self.ask("check_lock", locals())
 
     def list_locks(self, *, owner: Optional[str] = None, pattern: Optional[str] = None) -> Reply:
         """-> {locks, count}"""
-        return self._get("/locks", owner=owner, pattern=pattern)
+        return self.ask("list_locks", locals())
 
     def with_lock(self, name: str, function: Optional[Callable[[], T]] = None, *, owner: Optional[str] = None,
-                  ttl: Union[int, str] = 300_000, wait: Union[int, str] = 60_000, pid: Optional[int] = None,
+                  ttl: Span = 300_000, wait: Span = 60_000, pid: Optional[int] = None,
                   on_loss: Optional[Callable[[], None]] = None) -> Any:
         """`with pd.with_lock(name) as held:` holds a lock and renews it; LOCK_HELD when it was not free within `wait`,
         LockLost at the end of the block when the lease was lost. With a function: call it under the lock, and return
@@ -3937,35 +4242,33 @@ class PortDaddy(Caller):
     # --- agents -------------------------------------------------------------------------------------------------------
 
     def register(self, id: Optional[str] = None, *, name: Optional[str] = None, type: Optional[str] = None,
-                 pid: Optional[int] = None, ttl: Optional[Union[int, str]] = None,
-                 metadata: Optional[Mapping[str, Any]] = None, max_services: Optional[int] = None,
-                 max_locks: Optional[int] = None) -> Reply:
+                 pid: Optional[int] = None, ttl: Optional[Span] = None, metadata: Optional[Facts] = None,
+                 max_services: Optional[int] = None, max_locks: Optional[int] = None) -> Reply:
         """Register this agent; without an id of its own it adopts the one that the daemon makes. -> {agentId, …}"""
-        reply = self._post("/agents", again=bool(id or self.agent_id), id=id, name=name, type=type, pid=pid, ttl=ttl,
-                           metadata=metadata, max_services=max_services, max_locks=max_locks)
+        reply = self.ask("register", locals())
         if self.agent_id is None:
             self.agent_id = str(reply["agentId"])
         return reply
 
     def heartbeat(self, id: Optional[str] = None) -> Reply:
         """-> {lastHeartbeat}"""
-        return self._post(f"/agents/{quote(self._agent(id))}/heartbeat", again=True)
+        return self.ask("heartbeat", {"id": self._agent(id)})
 
-    def start_heartbeat(self, interval: Union[int, str] = 30_000) -> Heartbeat:
+    def start_heartbeat(self, interval: Span = 30_000) -> Heartbeat:
         """Send heartbeats from a thread, every `interval` milliseconds, until `.stop()`."""
-        return Heartbeat(self, self._agent(None), Period(10, 86_400_000).read(str(interval)))
+        return Heartbeat(self, self._agent(None), max(10, milliseconds(interval)))
 
     def unregister(self, id: Optional[str] = None) -> Reply:
         """-> {unregistered}"""
-        return self._delete(f"/agents/{quote(self._agent(id))}")
+        return self.ask("unregister", {"id": self._agent(id)})
 
     def get_agent(self, id: str) -> Reply:
         """-> {agent}"""
-        return self._get(f"/agents/{quote(id)}")
+        return self.ask("get_agent", locals())
 
     def list_agents(self, *, active_only: bool = False) -> Reply:
         """-> {agents, count}"""
-        return self._get("/agents", active=active_only)
+        return self.ask("list_agents", {"active": active_only})
 
     def _agent(self, id: Optional[str]) -> str:
         agent = id or self.agent_id
@@ -3976,41 +4279,39 @@ class PortDaddy(Caller):
     # --- webhooks -----------------------------------------------------------------------------------------------------
 
     def add_webhook(self, url: str, *, events: Optional[Sequence[str]] = None, secret: Optional[str] = None,
-                    filter_pattern: Optional[str] = None, metadata: Optional[Mapping[str, Any]] = None) -> Reply:
+                    filter_pattern: Optional[str] = None, metadata: Optional[Facts] = None) -> Reply:
         """-> {id, url, events[, secret]}; receivers check with verify_webhook"""
-        return self._post("/webhooks", url=url, events=events and list(events), secret=secret,
-                          filter_pattern=filter_pattern, metadata=metadata)
+        return self.ask("add_webhook", locals())
 
     def list_webhooks(self, *, active: Optional[bool] = None) -> Reply:
         """-> {webhooks, count}"""
-        return self._get("/webhooks", active=active)
+        return self.ask("list_webhooks", locals())
 
     def get_webhook(self, id: str) -> Reply:
         """-> the webhook's fields, and again under `webhook`"""
-        return self._get(f"/webhooks/{quote(id)}")
+        return self.ask("get_webhook", locals())
 
     def update_webhook(self, id: str, *, url: Optional[str] = None, events: Optional[Sequence[str]] = None,
                        secret: Optional[str] = None, filter_pattern: Optional[str] = None,
-                       active: Optional[bool] = None, metadata: Optional[Mapping[str, Any]] = None) -> Reply:
+                       active: Optional[bool] = None, metadata: Optional[Facts] = None) -> Reply:
         """-> as get_webhook"""
-        return self._put(f"/webhooks/{quote(id)}", url=url, events=events and list(events), secret=secret,
-                         filter_pattern=filter_pattern, active=active, metadata=metadata)
+        return self.ask("update_webhook", locals())
 
     def remove_webhook(self, id: str) -> Reply:
         """-> {removed}"""
-        return self._delete(f"/webhooks/{quote(id)}")
+        return self.ask("remove_webhook", locals())
 
     def webhook_events(self) -> Reply:
         """-> {events: [name], count}"""
-        return self._get("/webhooks/events")
+        return self.ask("webhook_events", {})
 
     def test_webhook(self, id: str) -> Reply:
         """-> {delivery}"""
-        return self._post(f"/webhooks/{quote(id)}/test")
+        return self.ask("test_webhook", locals())
 
     def list_deliveries(self, id: str, *, limit: Optional[int] = None) -> Reply:
         """-> {deliveries: [{id, event, status, attempts, responseStatus, durationMs, nextAttemptAt, error, …}], count}"""
-        return self._get(f"/webhooks/{quote(id)}/deliveries", limit=limit)
+        return self.ask("list_deliveries", locals())
 
     # --- the log and the daemon ---------------------------------------------------------------------------------------
 
@@ -4018,8 +4319,7 @@ class PortDaddy(Caller):
                      target: Optional[str] = None, since: Optional[int] = None, until: Optional[int] = None,
                      after: Optional[int] = None) -> Reply:
         """-> {entries: [{id, timestamp, type, agentId, targetId, details, metadata}], count}, newest first"""
-        return self._get("/activity", limit=limit, type=type, agent=agent, target=target, since=since, until=until,
-                         after=after)
+        return self.ask("get_activity", locals())
 
     def events(self, *, type: Optional[str] = None, after: Optional[int] = None,
                on_loss: Optional[Callable[[Reply], None]] = None) -> Subscription:
@@ -4028,35 +4328,35 @@ class PortDaddy(Caller):
 
     def health(self) -> Reply:
         """-> {status, version, uptime_seconds, active_ports, pid}"""
-        return self._get("/health")
+        return self.ask("health", {})
 
     def version(self) -> Reply:
         """-> {service, version, protocol, instance, sha256, startedAt, pid, uptime, python}"""
-        return self._get("/version")
+        return self.ask("version", {})
 
     def metrics(self) -> Reply:
         """-> counts of what the daemon holds"""
-        return self._get("/metrics")
+        return self.ask("metrics", {})
 
     def config(self) -> Reply:
         """-> {port, home, range, url, …}"""
-        return self._get("/config")
+        return self.ask("config", {})
 
     def ping(self) -> bool:
         """Whether a daemon answers."""
         try:
-            return self.health()["status"] in ("ok", "degraded")
-        except (DaemonUnreachable, PortDaddyError):
+            return bool(self.health()["status"])
+        except PortDaddyError:
             return False
 
 
 class HeldLock:
     """A lock for the time of a with block, renewed by a thread after each third of its lease."""
 
-    def __init__(self, pd: PortDaddy, name: str, owner: Optional[str], ttl: Union[int, str], wait: Union[int, str],
-                 pid: Optional[int], on_loss: Optional[Callable[[], None]]) -> None:
+    def __init__(self, pd: PortDaddy, name: str, owner: Optional[str], ttl: Span, wait: Span, pid: Optional[int],
+                 on_loss: Optional[Callable[[], None]]) -> None:
         self.pd, self.name, self.owner, self.wait, self.pid, self.on_loss = pd, name, owner, wait, pid, on_loss
-        self.ttl: int = Period(1, 86_400_000).read(str(ttl))
+        self.ttl = milliseconds(ttl)
         self.token = 0
         self.lost = False
         self._over = threading.Event()
@@ -4084,7 +4384,7 @@ class HeldLock:
                     self.on_loss()
                 return
 
-    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
                  trace: Optional[TracebackType]) -> None:
         self._over.set()
         self._thread.join()
@@ -4093,6 +4393,9 @@ class HeldLock:
                 self.pd.unlock(self.name, token=self.token)
         except LockLost:
             self.lost = True
+        except PortDaddyError:
+            if error is None:  # else what happened inside the block matters more
+                raise
         if self.lost and error is None:
             raise LockLost("LOCK_LOST", f"lock {self.name} was lost before its block ended: somebody else may have held "
                            "it meanwhile", token=self.token)
@@ -4133,36 +4436,41 @@ class Subscription:
                  on_loss: Optional[Callable[[Reply], None]] = None) -> None:
         self.pd, self.path, self.last, self.on_loss = pd, path, after, on_loss
         self._link: Optional[Link] = None
+        self.closed = False
         self._connect()
 
     def _connect(self) -> None:
         deadline = time.monotonic() + 30
-        while True:
+        while not self.closed:
             try:
-                link = self.pd._link()
-                headers = dict(self.pd._headers(), Accept="text/event-stream")
+                self._link = link = self.pd.connect()
+                headers = dict(self.pd.headers(), Accept="text/event-stream")
                 if self.last is not None:
                     headers["Last-Event-ID"] = str(self.last)
                 link.send("GET", self.path, headers, b"")
                 status, replied = link.read_head(self.pd.timeout / 1000)
                 if status != 200:
-                    body = json.loads(link.read_body(int(replied.get("content-length", "0")), self.pd.timeout / 1000))
-                    raise problem_from_reply(status, body)
-                self._link = link
+                    raise problem_from_reply(status, link.read_body(replied, self.pd.timeout / 1000))
                 event, _, data = self._event()
                 if event == "connected" and self.last is None:
                     self.last = data["lastId"]  # resume from here even when no message has come yet
                 return
             except PortDaddyError as problem:
+                self._drop()
                 again = isinstance(problem, DaemonUnreachable) or problem.status == 503
                 if self.last is None or not again or time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
 
-    def _event(self) -> Tuple[str, Optional[int], Any]:
+    def _drop(self) -> None:
+        link, self._link = self._link, None
+        if link:
+            link.end()
+
+    def _event(self) -> tuple[str, Optional[int], Any]:
         """The next event of the connection: its name, its id and its data."""
         link = self._link
-        if link is None:
+        if link is None or self.closed:
             raise DaemonUnreachable("this subscription is closed")
         while True:
             while b"\n\n" not in link.buffer:
@@ -4177,15 +4485,11 @@ class Subscription:
         return self
 
     def __next__(self) -> Reply:
-        while True:
-            if self._link is None:
-                raise StopIteration
+        while not self.closed:
             try:
                 event, number, data = self._event()
             except PortDaddyError:
-                if self._link is None:  # closed by another thread
-                    raise StopIteration from None
-                self._link.close()
+                self._drop()
                 self._connect()
                 continue
             if number is not None:
@@ -4195,13 +4499,11 @@ class Subscription:
                 self.last = 0
             if event in ("gap", "reset") and self.on_loss:
                 self.on_loss({"event": event, **data})
+        raise StopIteration
 
     def close(self) -> None:
-        link, self._link = self._link, None
-        if link:
-            with contextlib.suppress(OSError):
-                link.socket.shutdown(socket.SHUT_RDWR)
-            link.close()
+        self.closed = True
+        self._drop()
 
     def __enter__(self) -> Subscription:
         return self
@@ -4221,9 +4523,10 @@ def start_daemon(settings: Settings, timeout: float = 15.0) -> str:
 
     Any number of commands may do this at once: each connects or tries to start, the lock of the state folder lets one
     daemon live, and the others end with ALREADY_RUNNING while their commands connect to it."""
-    environ = {**os.environ, "PORT_DADDY_HOME": settings.home, "PORT_DADDY_RANGE": "{}-{}".format(*settings.range)}
-    if settings.port != 9876:  # else the daemon may take another port when 9876 is another user's
-        environ["PORT_DADDY_PORT"] = str(settings.port)
+    environ = {**os.environ, "PORT_DADDY_HOME": settings.home, "PORT_DADDY_RANGE": "{}-{}".format(*settings.range),
+               "PORT_DADDY_PORT": str(settings.port)}
+    if settings.port == 9876:  # not said: then the daemon may take another port when 9876 is another user's
+        del environ["PORT_DADDY_PORT"]
     open_home(settings.home)
     log_path = os.path.join(settings.home, "daemon.log")
     deadline, child = time.monotonic() + timeout, None
@@ -4231,13 +4534,887 @@ def start_daemon(settings: Settings, timeout: float = 15.0) -> str:
         found = read_daemon_file(settings.home)
         if found and PortDaddy(str(found["url"]), pid=0, timeout=1_000).ping():
             return str(found["url"])
-        if child is None or child.poll() == PROBLEMS["ALREADY_RUNNING"][1]:
+        status = child.poll() if child else PROBLEMS["ALREADY_RUNNING"][1]
+        if status == PROBLEMS["ALREADY_RUNNING"][1]:  # somebody else's daemon starts, or ends
             child = process_start([sys.executable, os.path.abspath(__file__), "serve"], environ, log_path)
-        elif child.poll() is not None:
+        elif status is not None:
             said = read_text(log_path).strip().splitlines()[-1:]
             raise DaemonUnreachable(f"the daemon did not start: {said[0] if said else 'it said nothing'} ({log_path})")
         time.sleep(0.02)
     raise DaemonUnreachable(f"the daemon did not answer within {timeout:g} s; see {log_path}")
+
+
+# ======================================================================================================================
+# 13. PROJECTS — .portdaddyrc to ordered, health-checked, supervised processes
+# ======================================================================================================================
+
+# 1. Threads report (a line, an exit, a probe, a request from another terminal); one loop decides.
+# 2. A child has a session and a process group of its own, and runs nothing before the guardian knows that group: when
+#    we are killed, the guardian stops the groups.
+# 3. Nothing is stopped while something runs that needs it. A group has stopped when it has been seen empty.
+# 4. Only what the file declares can be started, stopped or restarted, whoever asks.
+#
+#    waiting ──needs hold──> starting ──probe──> healthy ⇄ unhealthy ──exit──> restarting ──> starting
+#                                │                                  └──exit──> completed, detached or failed
+#                                └──deadline, exit──> failed (everything stops, unless --keep-going)
+
+RC_NAMES = (".portdaddyrc", ".portdaddyrc.json", "portdaddy.config.json")
+RC_ALIASES = {"dev": "cmd", "preferredPort": "port", "health": "healthPath", "depends_on": "needs", "dir": "cwd"}
+CONDITIONS = ("healthy", "started", "completed")
+PROBE_STARTING, PROBE_RUNNING, SILENT_FOR, CALM_AFTER = 0.25, 5.0, 3.0, 60.0  # seconds
+TAIL, LINE_LIMIT = 20, 64 * 1024
+
+
+class Mapped(Kind):
+    """A JSON object of texts and numbers, such as environment variables; the values as text."""
+
+    def parse(self, value: Any) -> dict[str, str]:
+        if not isinstance(value, dict) or not all(isinstance(item, (str, int, float)) for item in value.values()):
+            raise ValueError
+        return {name: item if isinstance(item, str) else to_json(item) for name, item in value.items()}
+
+
+class Needs(Kind):
+    """["db"], or {"db": "healthy", "migrate": "completed"}."""
+
+    def parse(self, value: Any) -> dict[str, str]:
+        needs = dict.fromkeys(value, "healthy") if isinstance(value, list) else value
+        if not isinstance(needs, dict) or not all(condition in CONDITIONS for condition in needs.values()):
+            raise ValueError
+        return needs
+
+
+class HealthRule(Text):
+    def parse(self, value: Any) -> str:
+        return "none" if value is False else super().parse(value)
+
+
+COMMAND = Text("a command line", r".{1,8192}")
+RC_FIELDS: dict[str, tuple[Kind, Any]] = {  # of one service: kind, default
+    "cmd": (COMMAND, None), "port": (PORT, None),
+    "healthPath": (HealthRule('a path such as /health, "tcp", "cmd: …", "log: regex", or false',
+                              r"/.*|tcp|(?:cmd|log):.+"), None),
+    "healthTimeout": (Period(1, 86_400_000), 30_000),
+    "needs": (Needs('a list of services, or an object of service to "healthy", "started" or "completed"'), {}),
+    "env": (Mapped("an object of texts and numbers"), {}),
+    "env_file": (Text("a file", r"[^\0]{1,4096}"), None), "cwd": (Text("a folder", r"[^\0]{1,4096}"), "."),
+    "noPort": (Flag("true or false"), False), "remote": (kind_of(HttpUrl), None),
+    "restart": (Text("no, on-failure or always", "no|on-failure|always"), "no"),
+    "maxRestarts": (Integer("a number", 0, 1_000_000), 5), "stopTimeout": (Period(0, 3_600_000), 10_000),
+    "stopSignal": (Text("a signal such as TERM or INT", "(?:SIG)?(?:TERM|INT|QUIT|HUP|KILL|USR1|USR2)"), "TERM"),
+    "metadata": (Json("a JSON object", MAX_METADATA, dict), None), "stack": (Json("anything", MAX_METADATA), None),
+}
+
+
+class Service(NamedTuple):
+    """One service of a project file, checked, with everything it left out filled in."""
+
+    name: str
+    identity: str
+    cmd: Optional[str]
+    port: Optional[int]
+    rule: str  # none, tcp, a path, "cmd: …" or "log: …"
+    health_timeout: float
+    needs: dict[str, str]
+    env: dict[str, str]
+    cwd: str
+    remote: Optional[str]
+    has_port: bool
+    restart: str
+    max_restarts: int
+    stop_timeout: float
+    stop_signal: int
+
+    @property
+    def mentions_port(self) -> bool:
+        """Whether the command will listen where it is told: then any free port will do."""
+        return any(re.search(r"\$\{?PORT\b", text) for text in (self.cmd or "", *self.env.values()))
+
+
+class Project(NamedTuple):
+    """A project file: its services in an order in which every need comes before those who need it."""
+
+    folder: str
+    name: str
+    context: str
+    services: dict[str, Service]
+    port_range: Optional[tuple[int, int]]
+
+    @property
+    def lock(self) -> str:
+        """The name of its lock, its agent and its channel: one dev at a time for a project and context."""
+        return f"dev:{self.name}:{self.context}".rstrip(":")
+
+
+def slug(text: str) -> str:
+    """A text as a segment of an identity."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:64] or "project"
+
+
+def find_project_file(folder: str) -> str:
+    """The project file of a folder, or of the nearest folder above it that has one."""
+    while True:
+        for name in RC_NAMES:
+            if os.path.isfile(os.path.join(folder, name)):
+                return os.path.join(folder, name)
+        above = os.path.dirname(folder)
+        if above == folder:
+            raise PortDaddyError("NOT_FOUND", "there is no .portdaddyrc here or above; write one, or let `pd scan` do it")
+        folder = above
+
+
+def git_context(folder: str, always: bool) -> Optional[str]:
+    """The branch as a slug: of a linked worktree, or `always`; of a detached HEAD, its short hash."""
+    places = command_output("git", "-C", folder, "rev-parse", "--path-format=absolute", "--git-dir", "--git-common-dir")
+    own, _, common = places.strip().partition("\n")
+    if not own or own == common and not always:
+        return None
+    branch = command_output("git", "-C", folder, "symbolic-ref", "--short", "-q", "HEAD").strip()
+    return slug(branch or command_output("git", "-C", folder, "rev-parse", "--short", "HEAD").strip())
+
+
+def load_project(path: str, context: Optional[str], branch: bool = False) -> Project:
+    """Read and check a project file; every mistake names the file, the service and the field."""
+    def checked(where: str, kind: Kind, value: Any) -> Any:
+        return Field(where, f"{path}: {where}", kind, True, None).check(value, read=False)
+
+    text, folder = read_text(path), os.path.dirname(path)
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise PortDaddyError("BAD_JSON", f"{path} is not JSON: {error}") from None
+    top = read_json(text)
+    if not isinstance(top, dict) or not isinstance(top.get("services"), dict) or not top["services"]:
+        raise PortDaddyError("BAD_VALUE", f'{path} must be a JSON object with "services": {{"api": {{"cmd": …}}}}')
+    name = checked("project", IDENTITY, top.get("project", slug(os.path.basename(folder))))
+    if context is None:
+        context = top.get("context") if not branch else None
+    if context is None:
+        context = git_context(folder, branch) or "main"
+    tail = [checked("context", IDENTITY, context)] if context else []
+    services = {}
+    for service, raw in top["services"].items():
+        if not isinstance(raw, dict):
+            raise PortDaddyError("BAD_VALUE", f"{path}: services.{service} must be an object")
+        identity = checked(f"services.{service}", IDENTITY, ":".join([name, service, *tail]))
+        services[service] = load_service(path, service, identity, raw, checked)
+    port_range = checked("portRange", kind_of(PortRange), top["portRange"]) if "portRange" in top else None
+    return Project(folder, name, context, in_order(services), port_range)
+
+
+def load_service(path: str, name: str, identity: str, raw: dict[str, Any],
+                 checked: Callable[[str, Kind, Any], Any]) -> Service:
+    values = {field: default for field, (_, default) in RC_FIELDS.items()}
+    for written, value in raw.items():
+        field = RC_ALIASES.get(written, written)
+        if field not in RC_FIELDS and not field.startswith("_"):
+            import difflib
+            near = difflib.get_close_matches(field, [*RC_FIELDS, *RC_ALIASES], 1)
+            raise PortDaddyError("UNKNOWN_FIELD", f"{path}: services.{name} has no field {written!r}; "
+                                 f"{f'did you mean {near[0]}?' if near else 'it knows ' + ', '.join(RC_FIELDS)}")
+        if field in RC_FIELDS and value is not None:
+            values[field] = checked(f"services.{name}.{written}", RC_FIELDS[field][0], value)
+    if not values["cmd"] and not values["remote"]:
+        raise PortDaddyError("BAD_VALUE", f"{path}: services.{name} needs a cmd, or remote: the URL where it runs")
+    folder = os.path.dirname(path)
+    file_env = read_env_file(os.path.join(folder, values["env_file"])) if values["env_file"] else {}
+    import signal
+    has_port = not values["noPort"] and not values["remote"]
+    return Service(
+        name, identity, values["cmd"], values["port"], values["healthPath"] or ("tcp" if has_port else "none"),
+        values["healthTimeout"] / 1000, values["needs"], {**file_env, **values["env"]},
+        os.path.join(folder, values["cwd"]), values["remote"], has_port, values["restart"], values["maxRestarts"],
+        values["stopTimeout"] / 1000, getattr(signal, "SIG" + values["stopSignal"].replace("SIG", "")))
+
+
+def read_env_file(path: str) -> dict[str, str]:
+    """NAME=value lines, with comments, quotes and `export`, as in a .env file."""
+    if not os.path.isfile(path):
+        raise PortDaddyError("NOT_FOUND", f"there is no env_file {path}")
+    values = {}
+    for line in read_text(path).splitlines():
+        found = re.fullmatch(r"""\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:'([^']*)'|"([^"]*)"|([^#]*?))\s*(?:#.*)?""", line)
+        if found:
+            values[found.group(1)] = next(group for group in found.groups()[1:] if group is not None)
+    return values
+
+
+def in_order(services: dict[str, Service]) -> dict[str, Service]:
+    """The services so that needs come first; unknown needs and cycles are refused with the path that shows them."""
+    ordered: dict[str, Service] = {}
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            raise PortDaddyError("BAD_VALUE", "these services need each other: " + " → ".join(
+                [*trail[trail.index(name):], name]))
+        if name not in services:
+            raise PortDaddyError("BAD_VALUE", f"{trail[-1]} needs {name}, which is not among the services "
+                                 f"({', '.join(services)})")
+        for need in services[name].needs if name not in ordered else ():
+            visit(need, (*trail, name))
+        ordered[name] = services[name]
+
+    for name in services:
+        visit(name, ())
+    return ordered
+
+
+def only(project: Project, names: Sequence[str]) -> Project:
+    """The project with some of its services and what they need."""
+    wanted: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in project.services:
+            raise PortDaddyError("NOT_FOUND", f"there is no service {name}; there are {', '.join(project.services)}")
+        wanted.add(name)
+        left += [need for need in project.services[name].needs if need not in wanted]
+    return project._replace(services={name: one for name, one in project.services.items() if name in wanted})
+
+
+def check_trust(path: str) -> None:
+    """Refuse a file that anybody may write; ask, on a terminal, before the commands of somebody else are run."""
+    mode, owner, folder_owner = file_owner(path)
+    if mode & stat.S_IWOTH:
+        raise PortDaddyError("BAD_VALUE", f"{path} can be written by everybody, and holds commands: chmod o-w it first")
+    us = os.geteuid()
+    if owner in (us, 0) or us == 0 and owner == folder_owner:
+        return
+    say(f"pd: {path} belongs to another user (uid {owner}); its commands are:\n{read_text(path)}")
+    if not sys.stdin.isatty() or input("run them? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise PortDaddyError("BAD_VALUE", f"{path} belongs to another user; --trust runs its commands all the same")
+
+
+# --- children ---------------------------------------------------------------------------------------------------------
+
+class Child:
+    """A service while `dev` runs it."""
+
+    def __init__(self, service: Service, port: Optional[int]) -> None:
+        import collections
+        self.service, self.port = service, port
+        self.state = "waiting"
+        self.process: Optional[subprocess.Popen[bytes]] = None
+        self.run = 0  # counts the starts: a report about an earlier one is void
+        self.began = self.ended = self.due = 0.0  # monotonic; `due` is when something must happen: a deadline, a restart
+        self.restarts, self.retried = 0, False
+        self.status: Optional[int] = None
+        self.error: Optional[str] = None
+        self.tail: Deque[str] = collections.deque(maxlen=TAIL)
+        self.matched = False  # a line has matched the rule log:
+
+    @property
+    def url(self) -> Optional[str]:
+        return self.service.remote or (f"http://localhost:{self.port}" if self.port else None)
+
+    def holds(self, condition: str) -> bool:
+        """Whether a need for this service is fulfilled."""
+        if condition == "completed":
+            return self.state == "completed"
+        if condition == "started" and self.run:
+            return True
+        return self.state in ("healthy", "detached", "completed")
+
+
+class Prober:
+    """Asks one started child whether it is well, often while it starts, seldom later, until it has ended."""
+
+    def __init__(self, child: Child, environ: Mapping[str, str], report: Callable[..., None]) -> None:
+        self.child, self.run, self.environ, self.report = child, child.run, environ, report
+        self.connect_only = False  # what listens does not speak HTTP: from now on it is only connected to
+        self.silent_since: Optional[float] = None
+
+    def loop(self) -> None:
+        child, began = self.child, since_boot()
+        while child.run == self.run and child.state not in ("completed", "detached", "failed", "stopped", "restarting"):
+            asked, warning, error = time.monotonic(), None, None
+            try:
+                self.refuse_stranger(began)
+                warning = self.probe()
+            except PortDaddyError as problem:
+                error = str(problem)
+            self.report("probe", child, self.run, error, round((time.monotonic() - asked) * 1000), warning)
+            time.sleep(PROBE_STARTING if error else PROBE_RUNNING)
+
+    def refuse_stranger(self, began: int) -> None:
+        """A visible listener that is older than the start of the service is not the service."""
+        those = listeners().get(self.child.port or 0, ()) if LINUX else ()
+        for pid in listener_pids(those).values():
+            birth = process_birth(pid)
+            ours = self.child.process and group_of(pid) == self.child.process.pid
+            if birth is not None and birth < began - 1_000 and not ours:
+                raise PortDaddyError("PORT_HIJACKED", f"port {self.child.port} is used by {process_command(pid)} (pid "
+                                     f"{pid})")
+
+    def probe(self) -> Optional[str]:
+        """Nothing when it is well, or a warning; raises the reason when it is not."""
+        child, rule = self.child, self.child.service.rule
+        if rule == "none" or rule.startswith("log:") and child.matched:
+            return None
+        if rule.startswith("log:"):
+            raise PortDaddyError("TIMED_OUT", f"no line has matched {rule[4:].strip()}")
+        if rule.startswith("cmd:"):
+            status, said = shell_status(rule[4:], self.environ, child.service.cwd, 5.0)
+            if status:
+                raise PortDaddyError("INTERNAL", f"the check exited with {status}{': ' + said if said else ''}")
+            return None
+        if child.port is None:
+            raise PortDaddyError("BAD_VALUE", f"{child.service.name} has no port to ask")
+        addresses = resolve("localhost", child.port)
+        if rule == "tcp" or self.connect_only:
+            dial(addresses, HEALTH_TIMEOUT).close()
+            return None
+        return self.probe_http(rule, addresses)
+
+    def probe_http(self, rule: str, addresses: Sequence[tuple[Any, ...]]) -> Optional[str]:
+        """A path is asked for by HTTP. What listens there may not speak it, like a database: it counts as well at once
+        when it answers something else, and after 3 s when it only closes (a container's proxy accepts early)."""
+        try:
+            answer = http_call("GET", f"http://localhost:{self.child.port}{rule}", addresses, {}, b"", HEALTH_TIMEOUT)
+        except PortDaddyError as problem:
+            spoke = problem.facts.get("spoke")
+            if spoke is None:
+                self.silent_since = None
+                raise
+            self.silent_since = self.silent_since or time.monotonic()
+            if not spoke and time.monotonic() - self.silent_since < SILENT_FOR:
+                raise
+            self.connect_only = True
+            return f"port {self.child.port} answers, but not by HTTP: {rule} is not asked for, connecting has to do"
+        if not 200 <= answer.status < 400:
+            raise PortDaddyError("INTERNAL", f"{rule} answered HTTP {answer.status}")
+        return None
+
+
+class Output(threading.Thread):
+    """Reads what all children print, a piece of each at a time, and hands it on line by line."""
+
+    def __init__(self, on_line: Callable[[Child, str, str], None]) -> None:
+        import selectors
+        super().__init__(name="output", daemon=True)
+        self.on_line, self.selector = on_line, selectors.DefaultSelector()
+        self.rests: dict[int, bytes] = {}
+        self.wakeup, self._wakeup = socket.socketpair()
+        self.selector.register(self._wakeup, selectors.EVENT_READ)
+        self.added: list[tuple[Any, Child, str]] = []
+
+    def add(self, child: Child, process: subprocess.Popen[bytes]) -> None:
+        self.added += [(process.stdout, child, "stdout"), (process.stderr, child, "stderr")]
+        self.wakeup.send(b"+")
+
+    def run(self) -> None:
+        while True:
+            for key, _ in self.selector.select():
+                if key.data is None:
+                    self._wakeup.recv(64)
+                    while self.added:
+                        pipe, child, stream = self.added.pop()
+                        self.selector.register(pipe, 1, (child, stream))
+                else:
+                    self.read(key.fileobj, key.fd, *key.data)
+
+    def read(self, pipe: Any, descriptor: int, child: Child, stream: str) -> None:
+        piece = read_some(descriptor)
+        rest = self.rests.pop(descriptor, b"") + piece
+        *lines, rest = rest.split(b"\n")
+        if not piece or len(rest) > LINE_LIMIT:
+            lines, rest = [*lines, *([rest] if rest else [])], b""
+        for line in lines:
+            for start in range(0, len(line) or 1, LINE_LIMIT):
+                self.on_line(child, stream, line[start:start + LINE_LIMIT].rstrip(b"\r").decode("utf-8", "replace"))
+        if rest:
+            self.rests[descriptor] = rest
+        if not piece:
+            self.selector.unregister(pipe)
+            pipe.close()
+
+
+class Reporter(threading.Thread):
+    """Tells the daemon what happens, in order, without making anybody wait; lines wait for a daemon that is away."""
+
+    def __init__(self, pd: PortDaddy) -> None:
+        import collections
+        import queue
+        super().__init__(name="reporter", daemon=True)
+        self.pd, self.over, self.empty = pd, threading.Event(), queue.Empty
+        self.calls: queue.Queue[Callable[[], Any]] = queue.Queue()
+        self._lines: dict[str, Deque[Reply]] = collections.defaultdict(lambda: collections.deque(maxlen=KEEP_LINES))
+
+    def line(self, identity: str, stream: str, text: str) -> None:
+        self._lines[identity].append({"stream": stream, "text": text, "at": time.time_ns() // 1_000_000})
+
+    def tell(self, call: Callable[[], Any]) -> None:
+        self.calls.put(call)
+
+    def finish(self) -> None:
+        self.over.set()
+        self.join(10)
+
+    def run(self) -> None:
+        while not (self.over.is_set() and self.calls.empty()):
+            with contextlib.suppress(self.empty, PortDaddyError):
+                self.calls.get(timeout=0.2)()
+            with contextlib.suppress(PortDaddyError):
+                self.flush()
+
+    def flush(self) -> None:
+        for identity, waiting in list(self._lines.items()):
+            while waiting:
+                batch: list[Reply] = []
+                size = 0
+                while waiting and size < MAX_BODY // 16 and len(batch) < KEEP_LINES:  # JSON may make six bytes of one
+                    batch.append(waiting.popleft())
+                    size += len(batch[-1]["text"]) + 64
+                try:
+                    self.pd.add_logs(identity, batch)
+                except DaemonUnreachable:
+                    waiting.extendleft(reversed(batch))
+                    return
+
+
+# --- what people see --------------------------------------------------------------------------------------------------
+
+SGR = re.compile(r"(\x1b\[[0-9;]*m)")
+CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-ln-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?")
+
+
+def log_text(text: str, color: bool) -> str:
+    """A line of a child that can do nothing to a terminal but colour itself: no cursor, no title, no links."""
+    text = CONTROL_SEQUENCE.sub("", text.rpartition("\r")[2])
+    parts = [(part if color else "") if SGR.fullmatch(part) else printable(part) for part in SGR.split(text)]
+    return "".join(parts) + ("\x1b[0m" if color and len(parts) > 1 else "")
+
+
+class Screen:
+    """Lines of the services behind their names and, while they start, a block below that is redrawn in place; in a
+    pipe, a line on stderr for each change. `plain` (of `run`) shows only what the command prints."""
+
+    COLORS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
+
+    def __init__(self, children: Mapping[str, Child], plain: bool) -> None:
+        # Guards the terminal: the output thread and the main loop both write. Nothing else is held with it.
+        self._lock = threading.Lock()
+        self.children, self.plain = children, plain
+        self.live = sys.stdout.isatty() and not plain
+        self.color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self.width = max(map(len, children))
+        self.paint = {name: self.COLORS[number % len(self.COLORS)] for number, name in enumerate(children)}
+        self.block = 0  # how many lines of the block stand on the screen now
+        self.starting = True
+        self.broken = False  # nobody reads what we write
+
+    def write(self, text: str, talk: bool = False) -> None:
+        """Put text above the block, and the block below it again."""
+        with self._lock:
+            erase = f"\x1b[{self.block}A\x1b[J" if self.block else ""
+            block = self.rows() if self.live and self.starting else []
+            self.block = len(block)
+            whole = erase + text + "".join(f"{row}\n" for row in block)
+            self.broken |= not write_text(2 if talk and not self.live else 1, whole)
+
+    def line(self, child: Child, stream: str, text: str) -> None:
+        name = child.service.name
+        shown = log_text(text, self.color)
+        if self.plain:
+            self.write(f"{shown}\n", talk=stream == "stderr")
+        else:
+            self.write(f"{self.painted(name)} │ {shown}\n")
+
+    def painted(self, name: str) -> str:
+        padded = name.ljust(self.width)
+        return f"\x1b[{self.paint[name]}m{padded}\x1b[0m" if self.color else padded
+
+    def changed(self, child: Child) -> None:
+        if self.live and self.starting:
+            self.write("")
+        elif not self.plain:
+            self.write(f"{self.row(child)}\n", talk=True)
+
+    def note(self, text: str) -> None:
+        self.write(f"{printable(text)}\n", talk=True)
+
+    def rows(self) -> list[str]:
+        room = os.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+        return [row if len(row) <= room + 9 * self.color else row[:room - 1 + 9 * self.color] + "…"
+                for row in map(self.row, self.children.values())]
+
+    def row(self, child: Child) -> str:
+        """Name, state, URL, how long it took, what it waits for."""
+        state, needs = child.state, [name for name, condition in child.service.needs.items()
+                                     if not self.children[name].holds(condition)]
+        words = {"waiting": f"waits for {', '.join(needs)}", "starting": f"starting, {span_of(child)}",
+                 "healthy": f"healthy after {span_of(child)}"}.get(state, state)
+        if child.error and state in ("starting", "unhealthy", "failed", "restarting"):
+            words += f": {printable(child.error)}"
+        return f"{self.painted(child.service.name)} │ {(child.url or '-').ljust(22)} {words}"
+
+
+def span_of(child: Child) -> str:
+    return f"{(child.ended or time.monotonic()) - child.began:.1f}s"
+
+
+# --- the supervisor ---------------------------------------------------------------------------------------------------
+
+class Supervisor:
+    """Brings the children of a project up in order, keeps them up, and takes them down in the reverse order."""
+
+    def __init__(self, project: Project, pd: PortDaddy, keep_going: bool = False, health: bool = True,
+                 plain: bool = False) -> None:
+        import queue
+        self.project, self.pd, self.keep_going, self.plain = project, pd, keep_going, plain
+        services = project.services.values()
+        self.children = {one.name: Child(one if health else one._replace(rule="none"), None) for one in services}
+        self.events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self.empty = queue.Empty
+        self.screen, self.reporter = Screen(self.children, plain), Reporter(pd)
+        self.output = Output(self.on_line)
+        self.ending, self.exit_status, self.interrupts = False, 0, 0
+        self.asked: dict[str, int] = {}  # who is to be told when a service is up again: message ids
+        self.daemon_url = ""
+
+    def run(self) -> int:
+        """Until everything has ended, or something has that may not; the exit status of the whole."""
+        import signal
+        self.daemon_url = str(self.pd.config()["url"])
+        for child in self.children.values():
+            self.claim(child)
+        self.guardian = Guardian()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.on_interrupt)
+        self.reporter.start()
+        self.output.start()
+        if not self.plain:
+            cursor = self.pd.get_messages(self.project.lock, limit=1)["lastId"]
+            threading.Thread(target=self.listen, args=(cursor,), name="control", daemon=True).start()
+        try:
+            self.loop()
+        finally:
+            self.stop(list(self.children.values()))
+            self.guardian.close()
+            self.reporter.finish()
+        return self.exit_status
+
+    def loop(self) -> None:
+        while not self.ending:
+            self.start_ready()
+            states = [child.state for child in self.children.values()]
+            if all(state in ("completed", "failed") for state in states):
+                return
+            if self.screen.starting and not {"waiting", "starting", "restarting"} & set(states):
+                self.screen.write("")
+                self.screen.starting = False
+                self.screen.block = 0  # the block stays where it is
+            try:
+                kind, *facts = self.events.get(timeout=0.1 if self.screen.starting else 0.5)
+                getattr(self, f"on_{kind}")(*facts)
+            except self.empty:
+                if self.screen.live and self.screen.starting:
+                    self.screen.write("")  # the clock of what starts
+            self.look_at_time()
+            if self.screen.broken:
+                self.ending, self.exit_status = True, 1
+
+    # --- ports and environment ----------------------------------------------------------------------------------------
+
+    def claim(self, child: Child, move: bool = False) -> None:
+        """Get the port of a service. One that is wanted, and that the command will not be told, must be free."""
+        service = child.service
+        if not service.has_port:
+            return None
+        fixed = service.port is not None and not service.mentions_port
+        try:
+            reply = self.pd.claim(service.identity, port=None if move else service.port, exact=fixed, move=move,
+                                  range=self.project.port_range, cmd=service.cmd, cwd=service.cwd)
+        except PortDaddyError as problem:
+            if problem.code == "PORT_HIJACKED" and not fixed:
+                return self.claim(child, move=True)
+            if problem.code in ("PORT_TAKEN", "PORT_HIJACKED"):
+                raise PortDaddyError(problem.code, f"{service.name}: {problem}. Or write ${{PORT}} into its cmd or env: "
+                                     "then any free port will do", **problem.facts) from None
+            raise
+        if child.port not in (None, reply["port"]) or service.port not in (None, reply["port"]):
+            self.screen.note(f"pd: {service.name} gets port {reply['port']}: {reply.get('warning', 'its own was taken')}")
+        child.port = reply["port"]
+        return None
+
+    def expand(self, child: Child, text: str) -> str:
+        """${PORT}, ${api.PORT} and ${api.URL}; everything else in braces is left to the shell."""
+        def value(found: Match[str]) -> str:
+            name, what = found.groups()
+            other = child if name is None else self.children.get(name)
+            if other is None or (other.port if what == "PORT" else other.url) is None:
+                raise PortDaddyError("BAD_VALUE", f"{child.service.name}: {found.group()} has no value: there is no such "
+                                     "service, or it has no port")
+            return str(other.port if what == "PORT" else other.url)
+        return re.sub(r"\$\{(?:([A-Za-z0-9._-]+)\.(?=(?:PORT|URL)\}))?(PORT|(?<=\.)URL)\}", value, text)
+
+    def environ(self, child: Child) -> dict[str, str]:
+        values = {**os.environ, "PYTHONUNBUFFERED": "1", "PORT_DADDY_URL": self.daemon_url,
+                  "PORT_DADDY_ID": child.service.identity}
+        for name, other in self.children.items():
+            word = re.sub(r"[^A-Z0-9]", "_", name.upper())
+            if other.port is not None:
+                values[f"{word}_PORT"] = str(other.port)
+            if other.url is not None:
+                values[f"{word}_URL"] = other.url
+        if child.port is not None:
+            values["PORT"] = str(child.port)
+        return {**values, **{name: self.expand(child, text) for name, text in child.service.env.items()}}
+
+    # --- starting -----------------------------------------------------------------------------------------------------
+
+    def start_ready(self) -> None:
+        for child in self.children.values():
+            needs = child.service.needs.items()
+            if child.state == "waiting" and all(self.children[name].holds(condition) for name, condition in needs):
+                self.start(child)
+            elif child.state == "waiting" and any(self.children[name].state == "failed" for name, _ in needs):
+                self.fail(child, "what it needs has failed", 1)
+
+    def start(self, child: Child) -> None:
+        service, now = child.service, time.monotonic()
+        child.run += 1
+        child.state, child.began, child.ended, child.due = "starting", now, 0.0, now + service.health_timeout
+        child.matched, child.error, child.status = False, None, None
+        if service.remote:
+            return self.on_probe(child, child.run, None, 0, None)
+        try:
+            if child.port is not None and not port_free(child.port, reuse=True):
+                self.make_way(child)
+            environ = self.environ(child)
+            process = child_start(self.expand(child, service.cmd or ""), environ, service.cwd)
+        except PortDaddyError as problem:
+            return self.fail(child, str(problem), 1)
+        child.process = process
+        self.guardian.add(process.pid, service.stop_signal, service.stop_timeout)
+        child_go(process)
+        self.output.add(child, process)
+        prober = Prober(child, environ, lambda *facts: self.events.put(facts))
+        for target, words in ((prober.loop, ()), (self.await_exit, (child, child.run, process))):
+            threading.Thread(target=target, args=words, name=f"{target.__name__} {service.name}", daemon=True).start()
+        self.report(child, "starting")
+        self.screen.changed(child)
+        return None
+
+    def make_way(self, child: Child) -> None:
+        """Somebody has taken the port since it was claimed: another one will do, or nothing will."""
+        pid, words = port_holder(child.port or 0)
+        if child.service.port is not None and not child.service.mentions_port:
+            raise PortDaddyError("PORT_TAKEN", f"port {child.port} is used by {words}; stop that, or write ${{PORT}} into "
+                                 "the cmd: then any free port will do", pid=pid)
+        self.claim(child, move=True)
+
+    def await_exit(self, child: Child, run: int, process: subprocess.Popen[bytes]) -> None:
+        status = process.wait()
+        self.events.put(("exit", child, run, 128 - status if status < 0 else status))
+
+    # --- what happens -------------------------------------------------------------------------------------------------
+
+    def on_interrupt(self, number: int, frame: Optional[FrameType]) -> None:
+        """A signal handler: it only notes."""
+        self.interrupts += 1
+        self.events.put(("signal", number))
+
+    def on_signal(self, number: int) -> None:
+        self.ending, self.exit_status = True, 128 + number
+        self.screen.note("pd: stopping; once more stops at once")
+
+    def on_line(self, child: Child, stream: str, text: str) -> None:
+        """Called by the output thread."""
+        child.tail.append(text)
+        self.reporter.line(child.service.identity, stream, text)
+        rule = child.service.rule
+        if rule.startswith("log:") and not child.matched and re.search(rule[4:].strip(), text):
+            child.matched = True
+        self.screen.line(child, stream, text)
+
+    def on_probe(self, child: Child, run: int, error: Optional[str], latency: int, warning: Optional[str]) -> None:
+        if run != child.run or child.state not in ("starting", "healthy", "unhealthy"):
+            return
+        before, child.error = child.state, error
+        if warning:
+            self.screen.note(f"pd: {child.service.name}: {warning}")
+        if error is None:
+            child.state, child.ended = "healthy", child.ended or time.monotonic()
+            self.report(child, "running", latency=latency)
+            if child.service.name in self.asked:
+                self.answer(self.asked.pop(child.service.name), True, f"{child.service.name} is up again")
+        elif before != "starting":
+            child.state = "unhealthy"
+            self.report(child, "unhealthy", latency=latency, error=error)
+        if child.state != before:
+            self.screen.changed(child)
+
+    def on_exit(self, child: Child, run: int, status: int) -> None:
+        if run != child.run or child.state in ("stopped", "failed"):
+            return
+        child.status, calm = status, time.monotonic() - child.began > CALM_AFTER
+        service, child.restarts = child.service, 0 if calm else child.restarts
+        needed = any(one.service.needs.get(service.name) == "completed" for one in self.children.values())
+        if status == 0 and needed:
+            self.settle(child, "completed", "stopped")
+        elif status == 0 and child.port is not None and child.port in listeners():
+            self.settle(child, "detached", "detached")
+        elif status and child.state == "starting" and not child.retried and self.address_in_use(child):
+            child.retried, child.state = True, "waiting"
+            self.stop_groups([child])
+            child.state = "waiting"
+        elif service.restart == "always" or service.restart == "on-failure" and status:
+            self.restart_later(child, status)
+        else:
+            self.fail(child, f"exited with {status}", status)
+
+    def settle(self, child: Child, state: str, status: str) -> None:
+        child.state, child.ended = state, time.monotonic()
+        self.report(child, status)
+        self.screen.changed(child)
+
+    @staticmethod
+    def address_in_use(child: Child) -> bool:
+        return any(re.search("EADDRINUSE|[Aa]ddress (is )?already in use", line) for line in list(child.tail))
+
+    def restart_later(self, child: Child, status: int) -> None:
+        """1 s, 2 s, 4 s … 30 s; a service that ran for a minute begins anew."""
+        if child.restarts >= child.service.max_restarts:
+            return self.fail(child, f"exited with {status} after {child.restarts} restarts", status)
+        child.error = f"exited with {status}"
+        child.due = time.monotonic() + min(30.0, 2.0 ** child.restarts)
+        child.restarts += 1
+        child.state = "restarting"
+        self.report(child, "crashed", error=child.error)
+        self.screen.changed(child)
+        return None
+
+    def look_at_time(self) -> None:
+        now = time.monotonic()
+        for child in self.children.values():
+            if child.state == "starting" and now > child.due:
+                self.fail(child, f"not healthy after {span(child.service.health_timeout * 1000)}: {child.error}", 1)
+            elif child.state == "restarting" and now > child.due:
+                self.stop_groups([child])
+                self.start(child)
+
+    def fail(self, child: Child, reason: str, status: int) -> None:
+        """The end of one, and of all unless the others are to go on."""
+        child.state, child.error, child.ended = "failed", reason, child.ended or time.monotonic()
+        self.report(child, "crashed" if status else "stopped", error=reason)
+        if child.service.name in self.asked:
+            self.answer(self.asked.pop(child.service.name), False, f"{child.service.name}: {reason}")
+        self.exit_status = status or self.exit_status
+        self.ending = not self.keep_going
+        if not self.plain:
+            self.screen.changed(child)
+            last = "".join(f"\n  {log_text(line, False)}" for line in list(child.tail))
+            self.screen.note(f"pd: {child.service.name} failed: {reason}" + (f"; its last lines:{last}" if last else ""))
+        elif not child.process:
+            self.screen.note(f"pd: {reason}")
+
+    def report(self, child: Child, status: str, latency: Optional[int] = None, error: Optional[str] = None) -> None:
+        pid = child.process.pid if child.process else None
+        if child.service.has_port:
+            self.reporter.tell(lambda: self.pd.update_service(
+                child.service.identity, status=status, pid=pid, latency=latency, error=error,
+                checked_by=self.pd.agent_id))
+
+    # --- requests from other terminals --------------------------------------------------------------------------------
+
+    def listen(self, cursor: int) -> None:
+        """Read the channel of this project, on a thread of its own."""
+        while not self.ending:
+            try:
+                reply = self.pd.poll(self.project.lock, after=cursor, timeout=20_000)
+            except PortDaddyError:
+                time.sleep(0.5)
+                continue
+            cursor = reply["lastId"]
+            if reply["message"] and isinstance(reply["message"]["payload"], dict):
+                self.events.put(("request", reply["message"]["id"], reply["message"]["payload"]))
+
+    def on_request(self, number: int, payload: Reply) -> None:
+        child = self.children.get(str(payload.get("service")))
+        if payload.get("do") == "down":
+            self.answer(number, True, "stopping")
+            self.ending = True
+        elif payload.get("do") == "restart" and child and not child.service.remote:
+            self.asked[child.service.name] = number
+            child.restarts, child.retried = 0, False
+            self.stop_groups([child])
+            self.start(child)
+        elif "do" in payload:
+            self.answer(number, False, f"there is no service {payload.get('service')} to {payload['do']}; there are "
+                        f"{', '.join(self.children)}")
+
+    def answer(self, number: int, done: bool, words: str) -> None:
+        self.reporter.tell(lambda: self.pd.publish(self.project.lock, {"answers": number, "done": done, "said": words},
+                                                   expires=60_000))
+
+    # --- stopping -----------------------------------------------------------------------------------------------------
+
+    def stop(self, children: list[Child]) -> None:
+        """Level by level: nothing is stopped while something runs that needs it."""
+        self.screen.block, self.screen.starting = 0, False
+        while children:
+            needed = {need for child in children for need in child.service.needs}
+            level = [child for child in children if child.service.name not in needed]
+            self.stop_groups(level)
+            for child in level:
+                if child.service.has_port and child.state != "detached":
+                    self.release(child.service.identity)
+            children = [child for child in children if child not in level]
+
+    def release(self, identity: str) -> None:
+        self.reporter.tell(lambda: self.pd.release(identity))
+
+    def stop_groups(self, children: Sequence[Child]) -> None:
+        """Signal the groups, kill those that do not end in time, and see that they are empty."""
+        import signal
+        left = {child: child.process.pid for child in children if child.process}
+        for child, group in left.items():
+            child.run += 1  # whatever is reported from now on is of the past
+            if child.state not in ("failed", "completed", "detached"):
+                child.state = "stopped"
+            group_signal(group, child.service.stop_signal)
+        began, killed = time.monotonic(), set()
+        while left:
+            for child, group in list(left.items()):
+                waited = time.monotonic() - began - child.service.stop_timeout
+                if not group_members(group) or waited > 5:
+                    self.guardian.remove(group)
+                    child.process = None
+                    del left[child]
+                elif group not in killed and (waited > 0 or self.interrupts > 1):
+                    killed.add(group)
+                    group_signal(group, signal.SIGKILL)
+            time.sleep(0.02 if left else 0)
+        for child in children:
+            if child.state == "detached" and child.port in listeners():
+                self.screen.note(f"pd: {child.service.name} has left its process group and is out of reach: "
+                                 f"{port_holder(child.port or 0)[1]} goes on listening on port {child.port}")
+
+
+def supervise(project: Project, pd: PortDaddy, keep_going: bool = False, health: bool = True,
+              plain: bool = False) -> int:
+    """Be the one supervisor of a project, as an agent that the daemon knows, until it ends."""
+    pd.agent_id, pd.timeout = project.lock, 10_000
+    held = pd.with_lock(project.lock, ttl=60_000, wait=1_500, pid=os.getpid())
+    try:
+        held.__enter__()
+    except PortDaddyError as problem:
+        if problem.code != "LOCK_HELD":
+            raise
+        pid = pd.check_lock(project.lock)["pid"]
+        raise PortDaddyError("ALREADY_RUNNING", f"{project.name} ({project.context or 'no context'}) is run by pid {pid} "
+                             "already; see what it does with `pd logs -f`, end it with `pd down`", pid=pid) from None
+    try:
+        pd.register(project.lock, type="dev", pid=os.getpid())
+        with pd.start_heartbeat(30_000):
+            status = Supervisor(project, pd, keep_going, health, plain).run()
+        with contextlib.suppress(PortDaddyError):
+            pd.unregister()
+    finally:
+        with contextlib.suppress(PortDaddyError):
+            held.__exit__(None, None, None)
+    return status
 
 
 # ======================================================================================================================
@@ -4254,6 +5431,161 @@ def readme_table() -> str:
         routes = ", ".join(f"`{' '.join(route)}`" for route in one.routes)
         lines.append(f"| {routes} | {fields} | {one.summary} | {f'`{one.command}`' if one.command else ''} |")
     return "\n".join(lines) + "\n"
+
+
+# ======================================================================================================================
+# 15. TOOLS — looking at a folder, and what else helps from outside
+# ======================================================================================================================
+
+# What gives a framework away, how its command is told the port, and the tier it belongs to: what is in `web` needs what
+# is in `api`, and that needs what is in `data`. The first that is found counts.
+NODE_FRAMEWORKS: tuple[tuple[str, str, str], ...] = (  # dependency in package.json, arguments, tier
+    ("next", "-p ${PORT}", "web"), ("nuxt", "--port ${PORT}", "web"), ("astro", "--port ${PORT}", "web"),
+    ("gatsby", "-p ${PORT}", "web"), ("@angular/cli", "--port ${PORT}", "web"),
+    ("@remix-run/dev", "--port ${PORT}", "web"),
+    ("@vue/cli-service", "--port ${PORT}", "web"), ("parcel", "-p ${PORT}", "web"), ("vite", "--port ${PORT}", "web"),
+    ("webpack-dev-server", "--port ${PORT}", "web"), ("react-scripts", "", "web"), ("@nestjs/core", "", "api"),
+    ("express", "", "api"), ("fastify", "", "api"), ("koa", "", "api"), ("hono", "", "api"), ("@hapi/hapi", "", "api"))
+PYTHON_FRAMEWORKS: tuple[tuple[str, str, str, str], ...] = (  # requirement, what its module holds, command, tier
+    ("django", "", "python manage.py runserver ${PORT}", "web"),
+    ("fastapi", r"^(\w+) *(?::.*)?= *FastAPI\(", "uvicorn {module}:{app} --reload --port ${PORT}", "api"),
+    ("starlette", r"^(\w+) *(?::.*)?= *Starlette\(", "uvicorn {module}:{app} --reload --port ${PORT}", "api"),
+    ("flask", r"^(\w+) *(?::.*)?= *Flask\(", "flask --app {module} run --port ${PORT}", "api"),
+    ("streamlit", r"^(import streamlit)", "streamlit run {module}.py --server.port ${PORT}", "web"))
+FILE_FRAMEWORKS: tuple[tuple[str, str, str, str], ...] = (  # file, what one of its kind holds, command, tier
+    ("bin/rails", "", "bin/rails server -p ${PORT}", "web"), ("go.mod", r"\.go:.*(ListenAndServe|gin\.|echo\.|fiber\.)",
+                                                              "go run .", "api"),
+    ("Cargo.toml", r"Cargo.toml:(axum|actix-web|rocket|warp|hyper|poem|tide) *=", "cargo run", "api"))
+DATA_IMAGES = r"postgres|mysql|mariadb|mongo|redis|valkey|memcached|elasticsearch|rabbitmq|nats|kafka|minio|clickhouse"
+PACKAGE_MANAGERS = (("pnpm-lock.yaml", "pnpm run {}"), ("yarn.lock", "yarn run {}"), ("bun.lockb", "bun run {}"),
+                    ("bun.lock", "bun run {}"), ("", "npm run {}"))
+
+
+class Found(NamedTuple):
+    """A service that a folder seems to hold."""
+
+    name: str
+    tier: str
+    cmd: str
+    folder: str = "."
+    port: Optional[int] = None
+
+
+def scan(top: str) -> dict[str, Any]:
+    """The project file that one would write for a folder, from what lies in it; no program is run and nothing written."""
+    found: list[Found] = [*scan_compose(top), *scan_procfile(top)]
+    for folder in workspace_folders(top):
+        name = slug(os.path.basename(folder if folder != "." else top)).lower()
+        place = os.path.join(top, folder)
+        seen = scan_node(place, top) or scan_python(place) or scan_files(place)
+        if seen and not (folder == "." and any(other.tier != "data" for other in found)):
+            found.append(Found(name if folder != "." else seen[0], *seen, folder))
+    services: dict[str, Any] = {}
+    for one in sorted(found, key=lambda one: ("data", "api", "web", "worker").index(one.tier)):
+        name = one.name if one.name not in services else f"{one.name}-{one.tier}"
+        below = {"web": ("api", "data"), "api": ("data",), "worker": ("data",)}.get(one.tier, ())
+        tiers = [[other.name for other in found if other.tier == tier] for tier in below]
+        needs = next((tier for tier in tiers if tier), [])
+        told = "${PORT}" in one.cmd or "$PORT" in one.cmd or one.port or one.tier == "worker"
+        entry = {"cmd": one.cmd, "cwd": one.folder if one.folder != "." else None, "port": one.port,
+                 "env": None if told else {"PORT": "${PORT}"}, "noPort": True if one.tier == "worker" else None,
+                 "needs": needs}
+        services[name] = {field: value for field, value in entry.items() if value}
+    return {"project": slug(os.path.basename(os.path.abspath(top))), "services": services}
+
+
+def workspace_folders(top: str) -> list[str]:
+    """The folder itself, the workspaces that it declares, and what lies below it or in apps, packages and services."""
+    import glob
+    package = read_package(top)
+    globs = package.get("workspaces") or re.findall(r"(?m)^ *- *['\"]?([^'\"\n]+)",
+                                                    read_text(f"{top}/pnpm-workspace.yaml"))
+    globs = globs.get("packages", []) if isinstance(globs, dict) else globs
+    paths = {path for pattern in [*globs, "*", "apps/*", "packages/*", "services/*"]
+             for path in glob.glob(os.path.join(top, str(pattern).strip("!"))) if os.path.isdir(path)}
+    left_out = r"\.|(node_modules|venv|dist|build|target|tests?)$"
+    return [".", *sorted(os.path.relpath(path, top) for path in paths if not re.match(left_out, os.path.basename(path)))]
+
+
+def read_package(folder: str) -> dict[str, Any]:
+    try:
+        package = json.loads(read_text(os.path.join(folder, "package.json")))
+    except ValueError:
+        return {}
+    return package if isinstance(package, dict) else {}
+
+
+def scan_node(folder: str, top: str) -> Optional[tuple[str, str]]:
+    """Tier and command of a package.json: its dev script, with the port where its framework wants it."""
+    package = read_package(folder)
+    scripts = package.get("scripts") or {}
+    script = next((name for name in ("dev", "start:dev", "develop", "start", "serve") if name in scripts), None)
+    depends = {**(package.get("dependencies") or {}), **(package.get("devDependencies") or {})}
+    known = next((one for one in NODE_FRAMEWORKS if one[0] in depends), None)
+    if script is None or known is None:
+        return None
+    template = next(words for lock, words in PACKAGE_MANAGERS if not lock or any(
+        os.path.exists(os.path.join(place, lock)) for place in (folder, top)))
+    separator = " -- " if template.startswith("npm") else " "
+    return known[2], template.format(script) + (separator + known[1] if known[1] else "")
+
+
+def scan_python(folder: str) -> Optional[tuple[str, str]]:
+    """Tier and command of a Python web program: what it requires, and the module that holds the application."""
+    files = ("requirements.txt", "pyproject.toml", "Pipfile")
+    wanted = "\n".join(read_text(os.path.join(folder, name)) for name in files).lower()
+    for requirement, sign, template, tier in PYTHON_FRAMEWORKS:
+        if not re.search(rf"(?m)(^|[\"'\s]){requirement}\b", wanted):
+            continue
+        if not sign and os.path.exists(os.path.join(folder, "manage.py")):
+            return tier, template
+        for path in sorted(python_files(folder)) if sign else ():
+            app = re.search(f"(?m){sign}", read_text(os.path.join(folder, path)))
+            if app:
+                module = path[:-3].replace("/", ".")
+                return tier, template.replace("{module}", module).replace("{app}", app.group(1))
+    return None
+
+
+def python_files(folder: str) -> list[str]:
+    """The modules of a folder and of the packages directly below it."""
+    import glob
+    return [os.path.relpath(path, folder) for pattern in ("*.py", "app/*.py", "src/*.py", "*/main.py", "*/app.py")
+            for path in glob.glob(os.path.join(folder, pattern))]
+
+
+def scan_files(folder: str) -> Optional[tuple[str, str]]:
+    import glob
+    for name, sign, template, tier in FILE_FRAMEWORKS:
+        if not os.path.exists(os.path.join(folder, name)):
+            continue
+        paths = [os.path.join(folder, name), *glob.glob(os.path.join(folder, "*.go"))]
+        lines = (f"{os.path.basename(path)}:{line}" for path in paths for line in read_text(path).splitlines())
+        if not sign or any(re.search(sign, line) for line in lines):
+            return tier, template
+    return None
+
+
+def scan_procfile(folder: str) -> Iterator[Found]:
+    """foreman's file: the process `web` gets the port, the others none."""
+    for name, cmd in re.findall(r"(?m)^([A-Za-z0-9_-]+):[ \t]*(.+)$", read_text(os.path.join(folder, "Procfile"))):
+        yield Found(slug(name), "web" if name == "web" or "$PORT" in cmd else "worker", cmd.strip())
+
+
+def scan_compose(folder: str) -> Iterator[Found]:
+    """Compose's services that publish a port. Read by indentation: enough of YAML for what people write there."""
+    text = "".join(read_text(os.path.join(folder, name)) for name in (
+        "compose.yaml", "compose.yml", "docker-compose.yml", "docker-compose.yaml"))
+    body = re.search(r"(?m)^services:[ \t]*\n((?:[ \t]+.*\n|[ \t]*#.*\n|[ \t]*\n)*)", text + "\n")
+    blocks = re.findall(r"(?m)^(  |    )([A-Za-z0-9._-]+):[ \t]*\n((?:\1[ \t]+.*\n|[ \t]*\n)*)",
+                        body.group(1) if body else "")
+    for _, name, block in blocks:
+        ports = re.search(r"(?m)^[ \t]+ports:[ \t]*(\[.*\]|(?:\n[ \t]+-.*)+)", block)
+        published = re.search(r"(?:[\[\-, \"'.:0-9]|^)([0-9]{2,5}):[0-9]{2,5}", ports.group(1)) if ports else None
+        if published:
+            image = re.search(r"(?m)^[ \t]+image:[ \t]*(\S+)", block)
+            tier = "data" if image and re.search(DATA_IMAGES, image.group(1)) else "api"
+            yield Found(slug(name), tier, f"docker compose up {name}", ".", int(published.group(1)))
 
 
 # ======================================================================================================================
@@ -4277,7 +5609,7 @@ class Command(NamedTuple):
     run: Run
 
 
-LOCAL_COMMANDS: Dict[str, Command] = {}
+LOCAL_COMMANDS: dict[str, Command] = {}
 EXAMPLES = {
     "claim": "PORT=$(pd claim myapp:api:main -q)", "release": "pd release 'myapp:*'", "find": "pd find 'myapp:*'",
     "endpoint set": "pd endpoint set myapp:api:main staging https://api.example.com",
@@ -4305,7 +5637,7 @@ def command(words: str, example: str = "", arguments: Callable[[argparse.Argumen
     return declare
 
 
-def commands() -> Dict[str, Command]:
+def commands() -> dict[str, Command]:
     """All of them by name, aliases included."""
     found = dict(LOCAL_COMMANDS)
     for one in OPERATIONS:
@@ -4313,20 +5645,9 @@ def commands() -> Dict[str, Command]:
             found[words] = Command(words, one.summary, EXAMPLES.get(one.command, f"pd {words}"),
                                    lambda parser, one=one: operation_arguments(parser, one),  # type: ignore[misc]
                                    lambda options, one=one: run_operation(one, options))  # type: ignore[misc]
-    for alias, words in (("start", "daemon start"), ("stop", "daemon stop"), ("status", "daemon status")):
+    for alias, words in (("up", "dev"), ("start", "daemon start"), ("stop", "daemon stop"), ("status", "daemon status")):
         found[alias] = found[words]
     return found
-
-
-def say(text: str) -> None:
-    """Talk, to stderr."""
-    with contextlib.suppress(OSError, ValueError):
-        print(printable(text), file=sys.stderr, flush=True)
-
-
-def out(text: str) -> None:
-    """Data, to stdout."""
-    print(printable(text), flush=True)
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -4373,21 +5694,20 @@ def new_client(options: Optional[argparse.Namespace] = None, pid: int = 0) -> Po
 
 def run_operation(one: Operation, options: argparse.Namespace) -> int:
     """Ask for an operation and show its reply."""
-    fields = {field.wire: field_value(field, getattr(options, field.name)) for field in one.fields.values()
+    fields = {field.name: field_value(field, getattr(options, field.name)) for field in one.fields.values()
               if getattr(options, field.name, None) is not None}
-    method, path = one.routes[0]
-    for wire in re.findall(r"\{(\w+)", path):
-        path = re.sub(rf"\{{{wire}(\.\.\.)?\}}", lambda _, wire=wire: quote(fields.pop(wire)), path)  # type: ignore[misc]
-    waits = max([field.default if value is None else field.check(value, read=False)
-                 for field, value in ((field, fields.get(field.wire)) for field in one.fields.values())
-                 if field.name in ("timeout", "wait")] or [0])
-    if waits and sys.stderr.isatty():
-        say(f"waiting for up to {span(waits)} …")
+    for name in {"timeout", "wait"} & set(one.fields):
+        fields.setdefault(name, one.fields[name].default)
+    longest = milliseconds(fields.get("timeout", fields.get("wait", 0)))
+    if longest and sys.stderr.isatty():
+        say(f"waiting for up to {span(longest)} …")
     client = new_client(options)
-    reply = client.call(method, path, fields, waits)
+    reply = client.ask(one.name, fields)
     warn_of_versions(client.server)
-    show(reply, options, one.shows, one.quiet)
-    return PROBLEMS["TIMED_OUT"][1] if one.command == "poll" and reply["message"] is None else 0
+    timed_out = one.command == "poll" and reply["message"] is None
+    if not (timed_out and options.quiet):
+        show(reply, options, one.shows, one.quiet)
+    return PROBLEMS["TIMED_OUT"][1] if timed_out else 0
 
 
 def warn_of_versions(server: str) -> None:
@@ -4495,7 +5815,7 @@ def serve(options: argparse.Namespace) -> int:
         server.start()
     except PortDaddyError as problem:
         chosen = options.port or os.environ.get("PORT_DADDY_PORT")
-        if problem.code != "PORT_TAKEN" or chosen or not PortDaddy(f"http://127.0.0.1:{settings.port}").ping():
+        if problem.code != "CANNOT_LISTEN" or chosen or not PortDaddy(f"http://127.0.0.1:{settings.port}").ping():
             raise
         say(f"pd: port {settings.port} belongs to another Port Daddy; this one takes a free port")
         server = Server(settings._replace(port=0))
@@ -4521,13 +5841,16 @@ def daemon_start(options: argparse.Namespace) -> int:
     return 0
 
 
-def daemon_facts(settings: Settings) -> Optional[Reply]:
-    """What the running daemon says of itself; None when none answers."""
-    client = PortDaddy(find_url(settings), pid=0)
+def daemon_facts(settings: Settings, own: bool = True) -> Optional[Reply]:
+    """What the running daemon says of itself, None when none answers: the `own` of the state folder, or the one that
+    commands talk to."""
+    found = read_daemon_file(settings.home)
+    url = str(found["url"]) if own and found else find_url(settings)
     try:
-        return {**client.version(), "url": client.url}
+        facts = {**PortDaddy(url, pid=0).version(), "url": url}
     except DaemonUnreachable:
         return None
+    return facts if not own or found and found.get("instance") == facts["instance"] else None
 
 
 @command("daemon stop", "pd stop")
@@ -4539,12 +5862,16 @@ def daemon_stop(options: argparse.Namespace) -> int:
         say("pd: no daemon runs")
         return 0
     pid, birth = int(facts["pid"]), process_birth(int(facts["pid"]))
-    process_signal(pid, signal.SIGTERM)
+    if birth is None or not process_signal(pid, signal.SIGTERM):
+        raise PortDaddyError("NOT_FOUND", f"the daemon (pid {pid}) is not ours to stop: another user's, or in another "
+                             "container")
     deadline = time.monotonic() + 10
     while process_lives(pid, birth):
         if time.monotonic() > deadline:
             raise PortDaddyError("TIMED_OUT", f"the daemon (pid {pid}) has not ended within 10 s; end it with kill -9")
         time.sleep(0.02)
+    if options.json and options.command == "daemon restart":
+        return 0
     show({"stopped": True, "pid": pid, "message": f"stopped the daemon (pid {pid})"}, options, "", "pid")
     return 0
 
@@ -4560,7 +5887,7 @@ def daemon_restart(options: argparse.Namespace) -> int:
 def daemon_status(options: argparse.Namespace) -> int:
     """Whether the daemon runs, where, and what it holds."""
     settings = Settings.load(home=options.home)
-    facts = daemon_facts(settings)
+    facts = daemon_facts(settings, own=False)
     if facts is None:
         raise DaemonUnreachable("no daemon runs; any command starts it, or run: python3 port_daddy.py start")
     held = PortDaddy(str(facts["url"]), pid=0).metrics()
@@ -4604,7 +5931,7 @@ def env_arguments(parser: argparse.ArgumentParser) -> None:
 @command("env", 'eval "$(pd env \'myapp:*\')"', env_arguments)
 def show_env(options: argparse.Namespace) -> int:
     """Ports and URLs of services as environment variables."""
-    values: Dict[str, str] = {}
+    values: dict[str, str] = {}
     for service in new_client(options).list_services(options.pattern)["services"]:
         name = re.sub(r"[^A-Z0-9]+", "_", service["id"].upper())
         name = f"_{name}" if name[0].isdigit() else name
@@ -4660,21 +5987,15 @@ def with_lock(options: argparse.Namespace) -> int:
         say(f"pd: lock {options.name} was lost; stopping the command")
         runner.stop()
 
-    held = client.with_lock(options.name, owner=options.owner, ttl=ttl, wait=0, pid=os.getpid(), on_loss=on_loss)
-    try:
-        held.__enter__()
-    except PortDaddyError as problem:
-        if problem.code != "LOCK_HELD" or not wait:
-            raise
-        say(f"pd: waiting up to {span(wait)} for {options.name}, held by {problem.facts.get('holder')}")
-        held.wait = wait
-        held.__enter__()
-    with contextlib.ExitStack() as stack:
-        stack.push(held.__exit__)
+    if wait and sys.stderr.isatty():
+        holder = client.check_lock(options.name)
+        if holder["held"]:
+            say(f"pd: waiting up to {span(wait)} for {options.name}, held by {holder['owner'] or 'somebody'}")
+    with client.with_lock(options.name, owner=options.owner, ttl=ttl, wait=wait, pid=os.getpid(), on_loss=on_loss) as held:
         return runner.run(words, {"PORT_DADDY_LOCK": options.name, "PORT_DADDY_TOKEN_OF_LOCK": str(held.token)})
 
 
-def need_words(options: argparse.Namespace) -> List[str]:
+def need_words(options: argparse.Namespace) -> list[str]:
     if not options.words:
         raise PortDaddyError("BAD_VALUE", "say what to run after --, as in: pd with-lock db-migration -- make migrate")
     return list(options.words)
@@ -4707,6 +6028,185 @@ class Runner:
         self.pass_on(signal.SIGTERM, None)
 
 
+# --- projects ---------------------------------------------------------------------------------------------------------
+
+def dev_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--service", action="append", metavar="NAME", help="only this one and what it needs (repeat for "
+                        "more)")
+    context_arguments(parser)
+    parser.add_argument("--no-health", action="store_true", help="do not check: healthy means started")
+    parser.add_argument("--keep-going", action="store_true", help="when a service fails, let the others go on")
+    parser.add_argument("--trust", action="store_true", help="run the commands of a file that belongs to somebody else")
+
+
+def context_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", help="the last segment of the identities (PORT_DADDY_CONTEXT; default: main, or the "
+                        "branch of a linked worktree; '' for none)")
+    parser.add_argument("--branch", action="store_true", help="the branch as the context, in the main checkout too")
+
+
+def this_project(options: argparse.Namespace) -> tuple[str, Project]:
+    path = find_project_file(os.getcwd())
+    context = options.context if options.context is not None else os.environ.get("PORT_DADDY_CONTEXT")
+    return path, load_project(path, context, options.branch)
+
+
+@command("dev", "pd dev --service api", dev_arguments)
+def dev(options: argparse.Namespace) -> int:
+    """Start the services of .portdaddyrc in the order of their needs, and keep them until Ctrl-C."""
+    path, project = this_project(options)
+    if not options.trust:
+        check_trust(path)
+    if options.service:
+        project = only(project, options.service)
+    return supervise(project, new_client(options, pid=os.getpid()), options.keep_going, not options.no_health)
+
+
+def ask_dev(project: Project, options: argparse.Namespace, what: Reply, timeout: float) -> tuple[PortDaddy, str]:
+    """Ask the running `dev` of a project for something, and wait for its answer."""
+    client = new_client(options)
+    if not client.check_lock(project.lock)["held"]:
+        raise PortDaddyError("NOT_FOUND", f"no dev runs {project.name} ({project.context or 'no context'}); start it with "
+                             "`pd dev`")
+    cursor = number = client.publish(project.lock, what, expires=60_000)["id"]
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        reply = client.poll(project.lock, after=cursor, timeout=5_000)
+        cursor, payload = reply["lastId"], (reply["message"] or {}).get("payload")
+        if isinstance(payload, dict) and payload.get("answers") == number:
+            if not payload.get("done"):
+                raise PortDaddyError("NOT_FOUND", str(payload.get("said")))
+            return client, str(payload.get("said"))
+    raise PortDaddyError("TIMED_OUT", f"the dev of {project.name} has not answered within {timeout:g} s")
+
+
+@command("down", "pd down", context_arguments)
+def down(options: argparse.Namespace) -> int:
+    """Stop the running `dev` of this folder, and all its services."""
+    _, project = this_project(options)
+    slowest = sum(service.stop_timeout + 5 for service in project.services.values())
+    client, said = ask_dev(project, options, {"do": "down"}, 30)
+    deadline = time.monotonic() + slowest + 10
+    while client.check_lock(project.lock)["held"]:
+        if time.monotonic() > deadline:
+            raise PortDaddyError("TIMED_OUT", f"{project.name} is still {said}")
+        time.sleep(0.05)
+    show({"stopped": True, "project": project.name, "message": f"{project.name} has stopped"}, options, "", "project")
+    return 0
+
+
+def restart_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="a service of .portdaddyrc")
+    context_arguments(parser)
+
+
+@command("restart", "pd restart api", restart_arguments)
+def restart(options: argparse.Namespace) -> int:
+    """Restart a service of the running `dev` of this folder, and wait until it is up again."""
+    _, project = this_project(options)
+    service = only(project, [options.name]).services[options.name]
+    timeout = service.health_timeout + service.stop_timeout + 10
+    _, said = ask_dev(project, options, {"do": "restart", "service": options.name}, timeout)
+    show({"restarted": options.name, "message": said}, options, "", "restarted")
+    return 0
+
+
+def logs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="*", help="services by name or identity (default: all of this folder's project)")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as they print")
+    parser.add_argument("--tail", type=int, default=100, metavar="N", help="how many lines of each (default 100)")
+    context_arguments(parser)
+
+
+@command("logs", "pd logs api -f", logs_arguments)
+def logs(options: argparse.Namespace) -> int:
+    """What services have printed."""
+    known: dict[str, str] = {}
+    with contextlib.suppress(PortDaddyError) if options.name else contextlib.nullcontext():
+        known = {name: service.identity for name, service in this_project(options)[1].services.items()}
+    chosen = {name: known.get(name, name) for name in options.name or known}
+    width, client = max(map(len, chosen)), new_client(options)
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def show_line(name: str, line: Reply) -> None:
+        prefix = f"{name.ljust(width)} │ " if len(chosen) > 1 else ""
+        text = to_json({**line, "service": chosen[name]}) if options.json else prefix + log_text(line["text"], color)
+        write_text(1, f"{text}\n")
+
+    def follow(name: str) -> None:
+        for line in client.follow_logs(chosen[name], tail=max(0, min(options.tail, KEEP_LINES))):
+            show_line(name, line)
+
+    if options.follow:
+        threads = [threading.Thread(target=follow, args=(name,), daemon=True) for name in chosen]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return 1
+    found = []
+    for name, identity in chosen.items():
+        with contextlib.suppress(PortDaddyError) if not options.name else contextlib.nullcontext():
+            lines = client.get_logs(identity, tail=options.tail)["lines"]
+            found += [(line["at"], line["id"], name, line) for line in lines]
+    for _, _, name, line in sorted(found, key=lambda entry: entry[:2]):
+        show_line(name, line)
+    return 0
+
+
+def scan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", default=".", help="where to look (default: here)")
+    parser.add_argument("--dry-run", action="store_true", help="show the file, and write nothing")
+    parser.add_argument("--force", action="store_true", help="replace a .portdaddyrc that is there")
+
+
+@command("scan", "pd scan --dry-run", scan_arguments)
+def scan_project(options: argparse.Namespace) -> int:
+    """Look at a folder, and write the .portdaddyrc that one would write by hand."""
+    found, path = scan(options.folder), os.path.join(options.folder, RC_NAMES[0])
+    if not found["services"]:
+        raise PortDaddyError("NOT_FOUND", "nothing was recognised here: no package.json with a known framework, no Python "
+                             "web program, no go.mod, Cargo.toml, Procfile or compose.yaml; write .portdaddyrc by hand")
+    text = json.dumps(found, indent=2)
+    if options.dry_run or options.json:
+        write_text(1, f"{text}\n")
+        return 0
+    if os.path.exists(path) and not options.force:
+        raise PortDaddyError("ALREADY_RUNNING", f"{path} is there already; see what would be written with --dry-run, or "
+                             "replace it with --force")
+    write_file(path, f"{text}\n", 0o644)
+    say(f"wrote {path} with {', '.join(found['services'])}; look at it, then run: pd dev")
+    return 0
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", help="the identity under which it runs")
+    parser.add_argument("--port", type=int, help="the port that it would like")
+    parser.add_argument("--health", metavar="RULE", help='a path such as /health, "tcp", "cmd: …" or "log: regex"')
+
+
+@command("run", "pd run myapp:api -- npm run dev", run_arguments)
+def run(options: argparse.Namespace) -> int:
+    """Claim a port, run one command with it as PORT, and release it when the command ends."""
+    import shlex
+    words = need_words(options)
+    rule = RC_FIELDS["healthPath"][0]
+    health = Field("health", "health", rule, True, None).check(options.health, read=False) if options.health else "none"
+    identity = Field("id", "id", IDENTITY, True, None).check(options.id, read=True)
+    raw = {"cmd": "exec " + " ".join(map(shlex.quote, words))}
+    service = load_service("", identity, identity, raw, lambda _, kind, value: value)
+    service = service._replace(port=options.port, rule=health, cwd=os.getcwd(), env={"PORT": "${PORT}"})
+    project = Project(os.getcwd(), identity, "", {identity: service}, None)
+    return supervise(project, new_client(options, pid=os.getpid()), plain=True)
+
+
+@command("guard", "pd guard")
+def guard_groups(options: argparse.Namespace) -> int:
+    """What `dev` starts beside itself: it stops the services when `dev` is killed."""
+    guard()
+    return 0
+
+
 # --- the top ----------------------------------------------------------------------------------------------------------
 
 def overview(known: Mapping[str, Command]) -> str:
@@ -4718,7 +6218,7 @@ def overview(known: Mapping[str, Command]) -> str:
             + "\n".join(lines))
 
 
-def parse(argv: Sequence[str], known: Mapping[str, Command]) -> Tuple[Command, argparse.Namespace]:
+def parse(argv: Sequence[str], known: Mapping[str, Command]) -> tuple[Command, argparse.Namespace]:
     """The command that the words name, and its arguments; whatever follows -- is left alone in `words`."""
     import argparse
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -4738,9 +6238,9 @@ def parse(argv: Sequence[str], known: Mapping[str, Command]) -> Tuple[Command, a
     parser.add_argument("--json", action="store_true", help="the reply as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="only the value that a script wants")
     parser.add_argument("--home", metavar="DIR", help="the state folder (PORT_DADDY_HOME)")
-    wraps = name == "with-lock"
+    wraps = name in ("with-lock", "run")
     options = parser.parse_args(words[count:] + (["--", *rest] if rest and not wraps else []))
-    options.words = rest if wraps else []
+    options.words, options.command = rest if wraps else [], name
     return chosen, options
 
 

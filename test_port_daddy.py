@@ -152,6 +152,16 @@ class Wire:
         return self("DELETE", path, body, **options)
 
 
+def request_bytes(method="GET", path="/health", body=b"", version="1.1", **headers):
+    """A well-formed request; a header given as None is left out."""
+    named = {"Host": "localhost", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    if body and "Content-Length" not in named:
+        named["Content-Length"] = str(len(body))
+    lines = [f"{method} {path} HTTP/{version}"]
+    lines += [f"{name}: {value}" for name, value in named.items() if value is not None]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
 class Line:
     """One connection, bytes in and bytes out, for whatever `http.client` is too polite to send."""
 
@@ -1878,6 +1888,19 @@ def test_a_poller_that_hung_up_takes_no_message(server, pd, how):
         line.close()
 
 
+def test_pollers_that_hang_up_at_the_very_moment_of_the_publish_lose_nothing(server, wire):
+    pollers = [Line(server.port).send(request_bytes(path=f"/msg/tasks-{n}/poll?timeout=20000")) for n in range(40)]
+    settle()
+    publisher = Line(server.port)
+    for number, poller in enumerate(pollers):
+        sent = request_bytes("POST", f"/msg/tasks-{number}", b'{"payload":%d}' % number)
+        poller.close()
+        publisher.send(sent).reply()
+    publisher.close()
+    got = [wire.get(f"/msg/tasks-{number}/poll?timeout=2000")["message"] for number in range(40)]
+    assert [message and message["payload"] for message in got] == list(range(40))
+
+
 def test_a_poll_in_vain_says_so_with_null(wire):
     answer = wire.get("/msg/empty/poll?timeout=20")
     assert answer.status == 200 and answer["message"] is None
@@ -2074,24 +2097,33 @@ def test_waiters_are_served_first_come_first_served(server, pd):
     assert tokens == sorted(set(tokens))
 
 
-def test_a_newcomer_does_not_overtake_those_who_wait(server, pd):
-    pd.lock("deploy", owner="holder")
-    waiter = in_background(PortDaddy(url=server.url).lock, "deploy", owner="waiter", wait=20_000)
-    eventually(lambda: pd.check_lock("deploy")["waiting"] == 1)
-    pd.unlock("deploy", owner="holder")
-    with pytest.raises(PortDaddyError) as refused:
-        pd.lock("deploy", owner="newcomer")
-    assert refused.value.code == "LOCK_HELD"
-    assert waiter.result(20)["owner"] == "waiter"
+def parked_waiter(server, name, owner):
+    """A connection on which a lock is waited for, once it is seen to stand in line."""
+    line = Line(server.port)
+    line.send(request_bytes("POST", f"/locks/{name}", json.dumps({"owner": owner, "wait": 60_000}).encode()))
+    eventually(lambda: Wire(server.port).get(f"/locks/{name}")["waiting"])
+    return line
+
+
+def test_a_newcomer_does_not_overtake_those_who_wait(server, wire):
+    # The release and the newcomer's request come in one piece, so that he asks before the woken one can have moved.
+    newcomer = request_bytes("POST", "/locks/deploy", b'{"owner":"newcomer"}')
+    for _ in range(30):
+        wire.post("/locks/deploy", {"owner": "holder"})
+        waiter, both = parked_waiter(server, "deploy", "waiter"), Line(server.port)
+        both.send(request_bytes("DELETE", "/locks/deploy?owner=holder") + newcomer)
+        assert both.reply()["released"] is True
+        assert both.reply()["code"] == "LOCK_HELD"
+        assert waiter.reply()["owner"] == "waiter"
+        wire.delete("/locks/deploy?owner=waiter")
+        waiter.close()
+        both.close()
 
 
 @pytest.mark.parametrize("how", ["closed", "half-closed"])
 def test_a_waiter_that_hung_up_is_never_granted(server, pd, how):
     pd.lock("deploy", owner="holder")
-    line = Line(server.port)
-    body = b'{"owner": "gone", "wait": 60000}'
-    line.send(b"POST /locks/deploy HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-    eventually(lambda: pd.check_lock("deploy")["waiting"] == 1)
+    line = parked_waiter(server, "deploy", "gone")
     patient = in_background(PortDaddy(url=server.url).lock, "deploy", owner="patient", wait=20_000)
     eventually(lambda: pd.check_lock("deploy")["waiting"] == 2)
     line.socket.shutdown(socket.SHUT_WR) if how == "half-closed" else line.close()
@@ -2101,13 +2133,34 @@ def test_a_waiter_that_hung_up_is_never_granted(server, pd, how):
     line.close()
 
 
+@pytest.mark.skipif(not hasattr(socket, "MSG_MORE"), reason="only Linux sends a request and its end in one piece")
+def test_who_hangs_up_in_the_same_breath_gets_neither_lock_nor_message(server, wire, pd):
+    wire.post("/msg/tasks", {"payload": "precious"})
+    for request in (request_bytes("POST", "/locks/deploy", b'{"owner":"gone"}'), request_bytes(path="/msg/tasks/poll")):
+        line = Line(server.port)
+        line.socket.send(request, socket.MSG_MORE)
+        line.socket.shutdown(socket.SHUT_WR)
+        assert b"200 OK" not in line.rest()
+        line.close()
+    assert wire.get("/locks/deploy")["held"] is False and log(pd, "lock.acquire") == []
+    assert wire.get("/msg/tasks/poll?timeout=1000")["message"]["payload"] == "precious"
+
+
+def test_a_waiter_that_hangs_up_at_the_very_moment_of_the_release_is_not_granted_either(server, pd, wire):
+    for number in range(40):
+        name = f"deploy-{number}"
+        wire.post(f"/locks/{name}", {"owner": "holder"})
+        waiter, other = parked_waiter(server, name, "gone"), Line(server.port)
+        waiter.close()
+        other.send(request_bytes("DELETE", f"/locks/{name}?owner=holder")).reply()
+        other.close()
+    assert {facts(entry)["owner"] for entry in log(pd, "lock.acquire")} == {"holder"}
+    eventually(lambda: wire.get("/locks")["count"] == 0)
+
+
 def test_a_waiter_that_hung_up_is_noticed_while_the_lock_is_held(server, pd):
     pd.lock("deploy", owner="holder")
-    line = Line(server.port)
-    body = b'{"owner": "gone", "wait": 60000}'
-    line.send(b"POST /locks/deploy HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-    eventually(lambda: pd.check_lock("deploy")["waiting"] == 1)
-    line.close()
+    parked_waiter(server, "deploy", "gone").close()
     eventually(lambda: pd.check_lock("deploy")["waiting"] == 0)
 
 
@@ -2552,9 +2605,9 @@ ADDRESS = ["", "nonsense", "ftp://host/", "http://", "javascript:alert(1)", 5, [
 
 # For each field by its name on the wire: values that no operation may accept. What a query can carry is tried as text.
 BAD_VALUES = {
-    **dict.fromkeys(["exact", "move", "force", "expired", "active", "rangeOnly", "unmanagedOnly"], FLAG),
+    **dict.fromkeys(["exact", "move", "force", "expired", "active", "rangeOnly", "unmanagedOnly", "follow"], FLAG),
     **dict.fromkeys(["agent", "owner", "sender", "checkedBy", "group", "agentId", "channel"], NAME),
-    **dict.fromkeys(["limit", "after", "token"], [*NUMBER, 10 ** 30]),
+    **dict.fromkeys(["limit", "after", "token", "tail"], [*NUMBER, 10 ** 30]),
     **dict.fromkeys(["maxServices", "maxLocks"], NUMBER),
     **dict.fromkeys(["since", "until"], NUMBER[:3]),
     **dict.fromkeys(["cmd", "cwd", "filterPattern"], TEXT),
@@ -2578,10 +2631,12 @@ BAD_VALUES = {
     "secret": ["", 5, [], {}],
     "metadata": OBJECT,
     "target": [[], {}],
+    "lines": [5, {}, "text", [5], [{"text": 5}]],
 }
 # The path parameters have names of their own; these are the values with which a request is otherwise good.
 GOOD_PATH = {"hook": "1", "webhook": "1"}
-GOOD_BODY = {"id": "good:api", "payload": 1, "url": "https://example.org/", "services": ["good"], "owner": "good"}
+GOOD_BODY = {"id": "good:api", "payload": 1, "url": "https://example.org/", "services": ["good"], "owner": "good",
+             "lines": [{"stream": "stdout", "text": "good"}]}
 
 
 def wire_name(name):
@@ -2724,16 +2779,6 @@ def test_a_start_and_a_stop_are_events(make_server, tmp_path):
 # =====================================================================================================================
 
 CANARY = b"POST /msg/canary HTTP/1.1\r\nHost: localhost\r\nContent-Length: 13\r\n\r\n" + b'{"payload":1}'
-
-
-def request_bytes(method="GET", path="/health", body=b"", version="1.1", **headers):
-    """A well-formed request; a header given as None is left out."""
-    named = {"Host": "localhost", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    if body and "Content-Length" not in named:
-        named["Content-Length"] = str(len(body))
-    lines = [f"{method} {path} HTTP/{version}"]
-    lines += [f"{name}: {value}" for name, value in named.items() if value is not None]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 def test_one_connection_serves_many_requests(server):
@@ -3735,7 +3780,7 @@ def test_the_client_has_every_promised_method():
 
 
 # What the client says otherwise than the wire, and what it can do beyond it: each one is meant.
-RENAMED = {"list_agents": {"active"}}
+RENAMED = {"list_agents": {"active"}, "get_logs": {"follow"}}
 EXTRA = {"subscribe": {"on_loss"}, "events": {"on_loss"}}
 
 
