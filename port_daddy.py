@@ -53,6 +53,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -64,8 +65,8 @@ import threading
 import time
 import zlib
 from typing import (
-    TYPE_CHECKING, Annotated, Any, Callable, Deque, Iterable, Iterator, Mapping, Match, NamedTuple, Optional, Sequence,
-    TypeVar, Union,
+    TYPE_CHECKING, Annotated, Any, Callable, Deque, Iterable, Iterator, Mapping, Match, NamedTuple, NoReturn, Optional,
+    Sequence, TypeVar, Union,
 )
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PortDaddy", "PortDaddyError", "ConnectionError", "DaemonUnreachable", "LockLost", "verify_webhook", "main"]
 __version__ = "1.0.0"
+PROGRAM = os.path.basename(sys.argv[0])  # as people started it, for the sentences that tell them what to do
+PROGRAM = PROGRAM if PROGRAM in ("pd", "port-daddy") else "python3 port_daddy.py"
 PROTOCOL = 1  # grows when an older copy of this file could misread a newer daemon
 T = TypeVar("T")
 Reply = dict[str, Any]
@@ -120,7 +123,7 @@ PROBLEMS: dict[str, tuple[int, int, str]] = {  # code: (HTTP status, exit status
     "BUSY": (503, 1, "too many are waiting; try again in a second"),
     "SHUTTING_DOWN": (503, 1, "the daemon is stopping; try again in a second"),
     "STORAGE_FULL": (507, 1, "the disk is full or failing; nothing was changed"),
-    "UNREACHABLE": (0, 6, "no daemon answers; start one with: python3 port_daddy.py start"),
+    "UNREACHABLE": (0, 6, "no daemon answers"),
 }
 
 
@@ -398,8 +401,8 @@ PLAIN_NAME = Text("a name of 1 to 100 of A-Z a-z 0-9 . _ : -", NAME)
 SEGMENT = r"(?!\.{1,2}(?::|\Z))[A-Za-z0-9._-]{1,64}"
 IDENTITY = Text("an identity project:stack:context, one to three segments, each 1 to 64 of A-Z a-z 0-9 . _ -",
                 rf"(?!health\Z){SEGMENT}(?::{SEGMENT}){{0,2}}")
-LOCK_NAME = Text("a lock name of 1 to 100 of A-Z a-z 0-9 . _ : / -, no segment of which is . or ..",
-                 r"(?!(?:.*/)?\.{1,2}(?:/|\Z))[A-Za-z0-9._:/-]{1,100}")
+LOCK_NAME = Text("a lock name of 1 to 100 of A-Z a-z 0-9 . _ : / -, no segment of which is empty, . or ..",
+                 r"(?=.{1,100}\Z)(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._:-]+(?:/(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._:-]+)*")
 PATTERN = Text("a name or a pattern with *, of A-Z a-z 0-9 . _ : / * -, at most 200 characters",
                r"[A-Za-z0-9._:/*-]{1,200}")
 EVENT = EventName("an event such as lock.acquire, or a pattern such as lock.* or *", r"[a-z.*]{1,40}")
@@ -451,7 +454,15 @@ EndpointUrl = Annotated[str, Url("http|https|ws|wss")]
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern with * (any run of characters, colons included) covers a name; as GLOB does in the store."""
-    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name, re.DOTALL) is not None
+    first, *rest = pattern.split("*")
+    if not rest or not name.startswith(first):
+        return name == pattern
+    position = len(first)
+    for piece in rest[:-1]:  # the leftmost place is as good as any: no backtracking, whatever the pattern
+        position = name.find(piece, position) + len(piece)
+        if position < len(piece):
+            return False
+    return name.endswith(rest[-1]) and len(name) - len(rest[-1]) >= position
 
 
 def kind_of(hint: Any) -> Kind:
@@ -491,8 +502,8 @@ def read_json(text: str) -> Any:
     duplicate key, no number that is not finite, no integer over 300 digits, no lone surrogate, at most 64 levels."""
     if text.count("[") + text.count("{") > 64:
         depth = 0
-        for bracket in re.findall(r"[\[\]{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL)):
-            depth += 1 if bracket in "[{" else -1
+        for token in re.findall(r'(?s)"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[\[\]{}]', text):  # a string without an end is one, too
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token, 0)
             if depth > 64:
                 raise PortDaddyError("BAD_JSON", "the JSON is nested deeper than 64 levels")
     try:
@@ -555,7 +566,10 @@ class Settings(NamedTuple):
             except ValueError:
                 source = f"--{name}" if given is not None else variable
                 raise PortDaddyError("BAD_VALUE", f"{source} must be {kind.expected}") from None
-        values["home"] = os.path.abspath(os.path.expanduser(values["home"] or default_home(environ)))
+        home = os.path.expanduser(values["home"] or default_home(environ))
+        if home.startswith("~"):
+            raise PortDaddyError("BAD_VALUE", "there is no home folder; set PORT_DADDY_HOME to a folder for the state")
+        values["home"] = os.path.abspath(home)
         return cls(**values)
 
 
@@ -635,12 +649,13 @@ class Bell:
         """Wake all without a line and the first sleeper of each line; or, given a line, the first sleeper of that."""
         served: set[str] = set()
         for waiter in waiters:
-            if waiter.line is None and line is None:
+            if waiter.line is None:
+                wanted = line is None
+            else:
+                wanted = waiter.line not in served and line in (None, waiter.line) and (waiter.turn or not waiter.rung)
+                served.update([waiter.line] if wanted else [])
+            if wanted:
                 waiter.wake()
-            elif waiter.line is not None and waiter.line not in served and line in (None, waiter.line):
-                if not waiter.rung or waiter.turn:
-                    served.add(waiter.line)
-                    waiter.wake()
 
     def first(self, waiter: Waiter) -> bool:
         """Whether nobody of the same line stands before this waiter."""
@@ -858,7 +873,7 @@ class Store:
 
     def _reboot(self, now: Now) -> None:
         """The awake clock began anew, and so does the remaining time of everything; the counters leave a gap."""
-        with self.transaction(now) as tx:
+        with self.transaction(lambda: now) as tx:
             for table in ("SERVICES", "MESSAGES", "LOCKS", "AGENTS"):
                 tx.run(f"UPDATE {table} SET expires = ? + ttl WHERE expires IS NOT NULL", now.awake)
             tx.run("UPDATE DELIVERIES SET due = ? WHERE due IS NOT NULL", now.awake)
@@ -870,8 +885,8 @@ class Store:
                 counter.value = counter.reserved = counter.reserved + BOOT_JUMP
                 tx.run("UPDATE META SET value = ? WHERE key = ?", counter.value, counter.key)
 
-    def transaction(self, now: Now) -> Transaction:
-        return Transaction(self, now)
+    def transaction(self, clock: Callable[[], Now]) -> Transaction:
+        return Transaction(self, clock)
 
     def rows(self, sql: str, *values: Any) -> list[Any]:
         with self._lock:
@@ -939,14 +954,17 @@ class Transaction:
     """One BEGIN IMMEDIATE … COMMIT; rolled back when its block raises. `topics` ring after the commit, and `due` is the
     earliest instant (awake) at which something that it wrote is over."""
 
-    def __init__(self, store: Store, now: Now) -> None:
-        self._store, self.now = store, now
+    now: Now  # read when the transaction has begun, so that the order of instants is that of the commits
+
+    def __init__(self, store: Store, clock: Callable[[], Now]) -> None:
+        self._store, self._clock = store, clock
         self.rows, self.row, self.value, self.run = store.rows, store.row, store.value, store.run
         self.topics: set[str] = set()
         self.due = MAX_INTEGER
 
     def __enter__(self) -> Transaction:
         self._store.begin()
+        self.now = self._clock()
         return self
 
     def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
@@ -1064,34 +1082,38 @@ def message_drop(tx: Transaction, channel: str, rows: Sequence[Any]) -> None:
            len(rows), sum(row["size"] for row in rows), max((row["id"] for row in rows), default=0), channel)
 
 
-def message_list(db: Union[Store, Transaction], pattern: str, after: int, limit: int, awake: int) -> list[Any]:
+def message_list(db: Union[Store, Transaction], pattern: str, after: int, limit: int) -> list[Any]:
     """The messages of one channel, or of all that a pattern covers, after an id; oldest first."""
     if "*" in pattern:
-        return db.rows("SELECT * FROM MESSAGES WHERE id > ? AND channel GLOB ? AND (expires IS NULL OR expires > ?) "
-                       "ORDER BY id LIMIT ?", after, pattern, awake, limit)
-    return db.rows("SELECT * FROM MESSAGES WHERE channel = ? AND id > ? AND (expires IS NULL OR expires > ?) "
-                   "ORDER BY id LIMIT ?", pattern, after, awake, limit)
+        return db.rows("SELECT * FROM MESSAGES WHERE id > ? AND channel GLOB ? ORDER BY id LIMIT ?", after, pattern, limit)
+    return db.rows("SELECT * FROM MESSAGES WHERE channel = ? AND id > ? ORDER BY id LIMIT ?", pattern, after, limit)
 
 
-def message_newest(db: Store, channel: str, limit: int, awake: int) -> list[Any]:
-    return db.rows("SELECT * FROM MESSAGES WHERE channel = ? AND (expires IS NULL OR expires > ?) "
-                   "ORDER BY id DESC LIMIT ?", channel, awake, limit)[::-1]
+def message_newest(db: Store, channel: str, limit: int) -> list[Any]:
+    return db.rows("SELECT * FROM MESSAGES WHERE channel = ? ORDER BY id DESC LIMIT ?", channel, limit)[::-1]
 
 
-def message_waiting(db: Union[Store, Transaction], channel: str, team: str, awake: int) -> Optional[Any]:
+def message_sweep(tx: Transaction) -> None:
+    """Drop what is over. Readers call for it before they look: what they skipped unseen could not be announced."""
+    for channel in {row["channel"] for row in tx.rows("SELECT channel FROM MESSAGES WHERE expires <= ?", tx.now.awake)}:
+        message_drop(tx, channel, tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ? AND expires <= ?",
+                                          channel, tx.now.awake))
+
+
+def message_waiting(db: Union[Store, Transaction], channel: str, team: str) -> Optional[Any]:
     """The message that the group reads next: one it was given back, else the first behind its cursor."""
     back = db.row("SELECT MESSAGES.* FROM RETURNED JOIN MESSAGES ON MESSAGES.id = message WHERE RETURNED.channel = ? "
-                  "AND team = ? AND (expires IS NULL OR expires > ?) ORDER BY message LIMIT 1", channel, team, awake)
+                  "AND team = ? ORDER BY message LIMIT 1", channel, team)
     if back:
         return back
     cursor = db.value("SELECT cursor FROM READERS WHERE channel = ? AND team = ?", channel, team) or 0
-    found = message_list(db, channel, cursor, 1, awake)
+    found = message_list(db, channel, cursor, 1)
     return found[0] if found else None
 
 
 def message_take(tx: Transaction, channel: str, team: str) -> Optional[Any]:
     """Hand the next message to one of the group, and to nobody else of it."""
-    message = message_waiting(tx, channel, team, tx.now.awake)
+    message = message_waiting(tx, channel, team)
     if message and not tx.run("DELETE FROM RETURNED WHERE channel = ? AND team = ? AND message = ?",
                               channel, team, message["id"]):
         tx.run("INSERT INTO READERS VALUES (?, ?, ?, ?) ON CONFLICT (channel, team) DO UPDATE SET "
@@ -1281,6 +1303,11 @@ def boot_id() -> str:
     return command_output("sysctl", "-n", "kern.bootsessionuuid").strip() or "unknown"
 
 
+def unknowable(error: OSError) -> PortDaddyError:
+    """The machine would not say, for want of descriptors or memory: nobody may conclude anything from that."""
+    return PortDaddyError("BUSY", f"the system could not be asked ({error.strerror}); try again in a second")
+
+
 def read_text(path: str) -> str:
     """What a file holds; empty when it cannot be read."""
     try:
@@ -1311,7 +1338,13 @@ def since_boot() -> int:
 def process_birth(pid: int) -> Optional[int]:
     """When a process was started, on the clock of `since_boot`; None when there is none, or only its zombie."""
     if LINUX:
-        text = read_text(f"/proc/{pid}/stat")
+        try:
+            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+                text = file.read()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        except OSError as error:
+            raise unknowable(error) from None
         fields = text[text.rfind(")") + 2:].split()  # the name in brackets may hold anything
         if len(fields) < 20 or fields[0] in "ZX":
             return None
@@ -1324,15 +1357,18 @@ def process_birth(pid: int) -> Optional[int]:
 
 def process_lives(pid: int, birth: Optional[int]) -> bool:
     """Whether this very process is alive: the same pid with another start time is another process."""
-    born = process_birth(pid)
+    try:
+        born = process_birth(pid)
+    except PortDaddyError:
+        return True  # not known to be dead
     return born is not None and (birth is None or abs(born - birth) <= (0 if LINUX else 2_000))
 
 
 def process_command(pid: int) -> str:
     """The command line of a process, as far as we may see it."""
     if LINUX:
-        return read_text(f"/proc/{pid}/cmdline").replace("\0", " ").strip()[:200]
-    return command_output("ps", "-o", "command=", "-p", str(pid)).strip()[:200]
+        return " ".join(read_text(f"/proc/{pid}/cmdline").replace("\0", " ").split())[:120]
+    return " ".join(command_output("ps", "-o", "command=", "-p", str(pid)).split())[:120]
 
 
 def process_start(arguments: Sequence[str], environ: Mapping[str, str], log_path: str) -> subprocess.Popen[bytes]:
@@ -1349,10 +1385,19 @@ def process_start(arguments: Sequence[str], environ: Mapping[str, str], log_path
 
 
 def process_run(arguments: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a command in the foreground, on our own terminal."""
+    """Start a command in the foreground, on our own terminal. On Linux it is told to end when we are killed: the main
+    thread starts it, which lives as long as we do (PR_SET_PDEATHSIG follows the thread)."""
+    import ctypes
+    import signal
     import subprocess
+    libc = ctypes.CDLL(None) if LINUX else None
+
+    def end_with_us() -> None:
+        if libc:
+            libc.prctl(1, signal.SIGTERM)
+
     try:
-        return subprocess.Popen(list(arguments), env=dict(environ))
+        return subprocess.Popen(list(arguments), env=dict(environ), preexec_fn=end_with_us)
     except OSError as error:
         problem = PortDaddyError("BAD_VALUE", f"{arguments[0]!r} cannot be run: {error.strerror}")
         problem.exit_status = 127 if error.errno == errno.ENOENT else 126  # as a shell says it
@@ -1547,7 +1592,9 @@ def _listeners_linux() -> Iterator[Listener]:
                 for kind, body in _netlink_messages(netlink):
                     if kind == 20:  # SOCK_DIAG_BY_FAMILY: struct inet_diag_msg
                         yield Listener(struct.unpack_from(">H", body, 4)[0], struct.unpack_from("=I", body, 68)[0], None)
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            raise unknowable(error) from None
         for path in ("/proc/net/tcp", "/proc/net/tcp6"):
             for line in read_text(path).splitlines()[1:]:
                 words = line.split()
@@ -1620,6 +1667,8 @@ def port_free(port: int, reuse: bool = False) -> bool:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((address, port))
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise unknowable(error) from None
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # a machine without IPv6
                 return False
     return True
@@ -1772,7 +1821,7 @@ def http_call(method: str, url: str, addresses: Sequence[tuple[Any, ...]], heade
                 chunk = connection.recv(65536)
                 if not chunk:
                     break
-                reply += chunk
+                reply = re.sub(rb"\AHTTP/1\.[01] 1[0-9]{2}[ \r](?s:.*?)\r\n\r\n", b"", reply + chunk)  # interim
     except socket.timeout:
         raise PortDaddyError("TIMED_OUT", f"no answer within {timeout:g} s") from None
     except (OSError, ValueError) as error:
@@ -1788,6 +1837,16 @@ def http_call(method: str, url: str, addresses: Sequence[tuple[Any, ...]], heade
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
+def raise_limits() -> None:
+    """As many descriptors as the system allows us: the usual soft limit is what our own connections may take."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = hard if LINUX else 10_240  # macOS says "infinity" and means this
+    if soft != resource.RLIM_INFINITY and (soft < most or most == resource.RLIM_INFINITY):
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def open_home(path: str) -> None:
     """Make the state folder ours alone, or refuse it when it belongs to somebody else."""
     try:
@@ -1795,8 +1854,8 @@ def open_home(path: str) -> None:
         found = os.stat(path)
         if found.st_uid != os.geteuid():
             raise PortDaddyError("INTERNAL", f"{path} belongs to another user; set PORT_DADDY_HOME to a folder of yours")
-        if stat.S_IMODE(found.st_mode) != 0o700:
-            os.chmod(path, 0o700)
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            os.chmod(path, stat.S_IMODE(found.st_mode) & 0o700)
         os.close(os.open(os.path.join(path, "port_daddy.db"), os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite's files follow
     except OSError as error:
         raise PortDaddyError("INTERNAL", f"the state folder {path} cannot be used: {error.strerror}") from None
@@ -1928,7 +1987,7 @@ class Daemon:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Transaction]:
-        with self.store.transaction(self.clock.now()) as tx:
+        with self.store.transaction(self.clock.now) as tx:
             yield tx
         self.bell.ring(*tx.topics)
         if tx.due < self.planned:
@@ -1967,7 +2026,7 @@ class Daemon:
         own = None
         for pid in listener_pids(there).values():
             birth = process_birth(pid)
-            if pid in (row["claimer"], row["pid"] if row["birth"] is not None else None):
+            if pid in (row["claimer"], row["pid"]):
                 own = pid
             elif birth is not None and birth < row["born"] - BIRTH_SLACK:
                 return pid, None
@@ -2053,6 +2112,12 @@ class Daemon:
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
+    def sweep_messages(self) -> None:
+        """What every reader of messages does first."""
+        if self.store.value("SELECT 1 FROM MESSAGES WHERE expires <= ? LIMIT 1", self.clock.now().awake):
+            with self.write() as tx:
+                message_sweep(tx)
+
     def tick(self, now: Now) -> int:
         """Do what time has made due; how many milliseconds nothing more will be, if nothing is written meanwhile."""
         self.planned = MAX_INTEGER  # whatever is written from here on may be due before the next tick: let it ring
@@ -2093,9 +2158,7 @@ class Daemon:
         for agent in dict.fromkeys(ended):
             agent_die(tx, agent, survives)
         service_delete(tx, tx.rows("SELECT * FROM SERVICES WHERE expires <= ?", awake), None)
-        for channel in {row["channel"] for row in tx.rows("SELECT channel FROM MESSAGES WHERE expires <= ?", awake)}:
-            message_drop(tx, channel, tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ? AND expires <= ?",
-                                              channel, awake))
+        message_sweep(tx)
 
 
 # ======================================================================================================================
@@ -2264,8 +2327,8 @@ def health_view(row: Any) -> Reply:
 def need_service(db: Union[Store, Transaction], identity: str) -> Any:
     row = service_row(db, identity)
     if not row:
-        raise PortDaddyError("NOT_FOUND", f"there is no service {identity}; claim it first, or list what there is with "
-                             "GET /services", id=identity)
+        raise PortDaddyError("NOT_FOUND", f"there is no service {identity}; claim it first, or see `pd find`",
+                             id=identity)
     return row
 
 
@@ -2284,11 +2347,11 @@ def candidate_ports(daemon: Daemon, tx: Transaction, identity: str,
             yield port
 
 
-def who_has(daemon: Daemon, tx: Transaction, port: int, reuse: bool) -> Optional[str]:
+def who_has(daemon: Daemon, tx: Transaction, identity: str, port: int, reuse: bool) -> Optional[str]:
     """Words for whoever is in the way of a port; None when a program could bind it now."""
     if port == daemon.port:
         return "this daemon itself"
-    other = tx.value("SELECT id FROM SERVICES WHERE port = ?", port)
+    other = tx.value("SELECT id FROM SERVICES WHERE port = ? AND id <> ?", port, identity)
     if other:
         return f"the service {other}"
     if port_free(port, reuse):
@@ -2306,15 +2369,18 @@ def choose_port(daemon: Daemon, tx: Transaction, identity: str, wanted: Optional
     claim can assign this one meanwhile."""
     former, warning = tx.value("SELECT port FROM FORMER_PORTS WHERE id = ?", identity), None
     if wanted is not None:
-        holder = who_has(daemon, tx, wanted, reuse=wanted == former)
+        holder = who_has(daemon, tx, identity, wanted, reuse=wanted == former)
         if holder is None:
             return wanted, None
         warning = f"port {wanted} is taken by {holder}"
         if exact:
-            raise PortDaddyError("PORT_TAKEN", f"{warning}; stop that, or claim without exact", port=wanted,
+            raise PortDaddyError("PORT_TAKEN", f"{warning}; stop that, or do not insist (exact)", port=wanted,
                                  holder=holder)
-    elif former and (limits is None or limits[0] <= former <= limits[1]) and not who_has(daemon, tx, former, reuse=True):
-        return former, None
+    elif former and (limits is None or limits[0] <= former <= limits[1]):
+        holder = who_has(daemon, tx, identity, former, reuse=True)
+        if holder is None:
+            return former, None
+        warning = f"its usual port {former} is taken by {holder}"
     for port in candidate_ports(daemon, tx, identity, limits):
         if port_free(port):
             return port, warning
@@ -2340,12 +2406,15 @@ def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = Non
         known, warning, columns = service_row(tx, id), None, {**given}
         if expires:
             columns.update(ttl=expires, expires=tx.lasts(expires))
-        if known and not move and (there or port in (None, known["port"])):  # it keeps its port
+        in_the_way = "its own server, which listens there" if known and there else None
+        if known and not there and port not in (None, known["port"]):
+            in_the_way = who_has(daemon, tx, id, port or 0, reuse=False)
+        if known and not move and (in_the_way or port in (None, known["port"])):
             chosen = known["port"]
             if port not in (None, chosen):
-                warning = f"{id} keeps port {chosen}, where its server listens; stop that to move it to {port}"
+                warning = f"{id} keeps port {chosen}, because of {in_the_way}" + ("" if there else f" on port {port}")
                 if exact:
-                    raise PortDaddyError("PORT_TAKEN", warning, port=chosen)
+                    raise PortDaddyError("PORT_TAKEN", f"{warning}; stop that, or do not insist (exact)", port=port)
         else:
             if not known:
                 quota(tx, given.get("agent"), "max_services", "SERVICES", "agent")
@@ -2359,18 +2428,21 @@ def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = Non
             else:
                 service_insert(tx, id, endpoints=to_json(local), **place, **columns)
         changed = {name: value for name, value in columns.items() if known and known[name] != value}
-        if known and (changed or asker.pid not in (None, known["claimer"])):
-            service_update(tx, id, **{**changed, "seen": tx.now.wall, "claimer": asker.pid or known["claimer"]})
-        if not known or set(changed) - {"pid", "birth", "ttl", "expires"}:
+        if known and known["claimer"] is None or known and not process_lives(known["claimer"], None):
+            changed = {**changed, **present(claimer=asker.pid)}  # the one who claimed first stays, while it lives
+        if changed:
+            service_update(tx, id, **{**changed, "seen": tx.now.wall})
+        if not known or set(changed) - {"pid", "birth", "ttl", "expires", "claimer"}:
             tx.emit("service.claim", id, given.get("agent"), serviceId=id, port=chosen, agentId=given.get("agent"),
                     existing=known is not None)
         if not known or chosen != known["port"]:
             daemon.adopted.pop(id, None)
             tx.ring("checker", f"service:{id}")
         row = need_service(tx, id)
+    kept = known is not None and chosen == known["port"]
     return with_warnings(ok(
         id=id, port=chosen, status=row["status"], existing=known is not None, preferred=port in (None, chosen),
-        endpoints=json.loads(row["endpoints"]), message=f"{id} {'still has' if known else 'has'} port {chosen}",
+        endpoints=json.loads(row["endpoints"]), message=f"{id} {'still has' if kept else 'has'} port {chosen}",
     ), warning, unseen)
 
 
@@ -2385,8 +2457,9 @@ def refuse_stranger(daemon: Daemon, identity: str, move: bool) -> bool:
     stranger, _ = daemon.stranger(known, there)
     if stranger and not move:
         daemon.observe()
-        raise PortDaddyError("PORT_HIJACKED", f"port {known['port']} of {identity} is used by {process_command(stranger)} "
-                             f"(pid {stranger}), which ran before the claim; stop it, or claim with move",
+        raise PortDaddyError("PORT_HIJACKED", f"port {known['port']} of {identity} is used by "
+                             f"{process_command(stranger)} (pid {stranger}), which ran before the claim; stop it, or let "
+                             "the service move (move)",
                              port=known["port"], pid=stranger, command=process_command(stranger))
     return True
 
@@ -2396,10 +2469,10 @@ def release(daemon: Daemon, asker: Asker, id: Optional[ServicePattern] = None, f
             expired: Bool = False) -> Reply:
     """Release a service, those that a pattern covers, or those whose time is over; they keep a claim to their ports."""
     if (id is None) != expired:
-        raise PortDaddyError("BAD_VALUE", "give either id (an identity, or a pattern such as myapp:*) or expired: true",
+        raise PortDaddyError("BAD_VALUE", "give either id (an identity, or a pattern such as myapp:*) or expired",
                              field="id")
     if id is not None and not id.strip("*:") and not force:
-        raise PortDaddyError("BAD_VALUE", f"{id} would release every service; add force: true if that is meant",
+        raise PortDaddyError("BAD_VALUE", f"{id} would release every service; add force if that is meant",
                              field="force")
     with daemon.write() as tx:
         if expired:
@@ -2441,7 +2514,8 @@ def list_health(daemon: Daemon, asker: Asker) -> Reply:
 def service_health(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
     """Whether a service is well: the last check, or a new one when that is older than five seconds."""
     row = need_service(daemon.store, id)
-    if not daemon.supervised(row) and daemon.clock.now().wall - (row["checked"] or 0) >= HEALTH_EVERY:
+    if not daemon.supervised(row) and not (
+            0 <= daemon.clock.now().wall - (row["checked"] or 0) < HEALTH_EVERY):
         daemon.observe()
         daemon.check_health(row)
         row = need_service(daemon.store, id)
@@ -2475,7 +2549,7 @@ def update_service(daemon: Daemon, asker: Asker, id: Identity, status: Optional[
     return with_warnings(get_service(daemon, asker, id), warning)
 
 
-@operation("PUT /services/{id}/endpoints/{env}", command="endpoint set")
+@operation("PUT /services/{id}/endpoints/{env}", command="endpoint set", quiet="url")
 def set_endpoint(daemon: Daemon, asker: Asker, id: Identity, env: EndpointName, url: EndpointUrl) -> Reply:
     """Say at which URL a service is found in an environment, such as local or staging."""
     with daemon.write() as tx:
@@ -2483,7 +2557,7 @@ def set_endpoint(daemon: Daemon, asker: Asker, id: Identity, env: EndpointName, 
         if len(to_json(endpoints)) > MAX_METADATA:
             raise PortDaddyError("TOO_LARGE", "the endpoints of one service may take at most 10 KB", limit=MAX_METADATA)
         service_update(tx, id, endpoints=to_json(endpoints))
-    return ok(id=id, endpoints=endpoints, message=f"{id} is at {url} in {env}")
+    return ok(id=id, url=url, endpoints=endpoints, message=f"{id} is at {url} in {env}")
 
 
 @operation("DELETE /services/{id}/endpoints/{env}", command="endpoint rm", quiet="removed")
@@ -2505,7 +2579,7 @@ def missing_services(daemon: Daemon, identities: Sequence[str]) -> list[str]:
     return [identity for identity in identities if identity not in well]
 
 
-@operation("POST /wait", command="wait")
+@operation("POST /wait", command="wait", quiet="healthy")
 def wait_for_services(daemon: Daemon, asker: Asker, services: IdentityList, timeout: WaitTime = 60_000) -> Reply:
     """Wait until services run and, where they have a health check, have passed it."""
     def all_well() -> Optional[bool]:
@@ -2514,7 +2588,9 @@ def wait_for_services(daemon: Daemon, asker: Asker, services: IdentityList, time
     topics = [f"service:{identity}" for identity in dict.fromkeys(services)]
     if not daemon.wait(asker, all_well, timeout, topics, rings="checker"):
         waiting = missing_services(daemon, services)
-        raise PortDaddyError("TIMED_OUT", f"not up after {span(timeout)}: {', '.join(waiting)}", waitingFor=waiting)
+        rows = {identity: service_row(daemon.store, identity) for identity in waiting}
+        states = [f"{identity} ({row['status'] if row else 'never claimed'})" for identity, row in rows.items()]
+        raise PortDaddyError("TIMED_OUT", f"not up after {span(timeout)}: {', '.join(states)}", waitingFor=waiting)
     now = daemon.clock.now()
     found = [service_row(daemon.store, identity) for identity in services]
     return ok(services=[service_view(row, now) for row in found if row], healthy=True,
@@ -2585,7 +2661,8 @@ def cleanup(daemon: Daemon, asker: Asker) -> Reply:
     with daemon.write() as tx:
         rows = tx.rows("SELECT * FROM SERVICES WHERE status = 'dead' OR expires <= ?", tx.now.awake)
         service_delete(tx, rows, asker.who(None))
-    return ok(freed=[row["id"] for row in rows], count=len(rows), message=f"freed {len(rows)}")
+    freed = [row["id"] for row in rows]
+    return ok(freed=freed, count=len(freed), message=f"freed {', '.join(freed) or 'nothing'}")
 
 
 # --- channels ---------------------------------------------------------------------------------------------------------
@@ -2616,12 +2693,13 @@ def publish(daemon: Daemon, asker: Asker, channel: ChannelName, payload: Payload
 def get_messages(daemon: Daemon, asker: Asker, channel: ChannelName, limit: Count = 50,
                  after: Optional[Cursor] = None) -> Reply:
     """Read messages without consuming them: those after an id, or the newest; oldest first."""
-    awake = daemon.clock.now().awake
-    lost = loss(daemon, channel, after) if after is not None else {}
+    daemon.sweep_messages()
+    known = after is None or after <= daemon.store.ids.value
     if after is None:
-        rows = message_newest(daemon.store, channel, limit, awake)
+        rows = message_newest(daemon.store, channel, limit)
     else:
-        rows = message_list(daemon.store, channel, 0 if "reset" in lost else after, limit, awake)
+        rows = message_list(daemon.store, channel, after if known else 0, limit)
+    lost = {} if after is None else loss(daemon, channel, after)  # after the rows: what went meanwhile is announced
     last = rows[-1]["id"] if rows else 0 if "reset" in lost else after
     if last is None:
         last = daemon.store.value("SELECT last FROM CHANNELS WHERE name = ?", channel) or 0
@@ -2638,12 +2716,14 @@ def poll(daemon: Daemon, asker: Asker, channel: ChannelPattern, timeout: PollTim
     if after is not None:
         return poll_after(daemon, asker, channel, timeout, after)
     if "*" in channel:
-        raise PortDaddyError("BAD_VALUE", "a worker polls one channel by name; patterns work with after and in subscribe",
+        raise PortDaddyError("BAD_VALUE", "a worker polls one channel by name; a pattern can be followed (pd sub), or "
+                             "polled with after",
                              field="channel")
     team = group or "default"
 
     def take() -> Optional[Any]:
-        if not message_waiting(daemon.store, channel, team, daemon.clock.now().awake):
+        daemon.sweep_messages()
+        if not message_waiting(daemon.store, channel, team):
             return None
         with daemon.write() as tx:
             message = message_take(tx, channel, team)
@@ -2667,11 +2747,13 @@ def poll_after(daemon: Daemon, asker: Asker, pattern: str, timeout: int, after: 
     start = 0 if "reset" in lost else after
 
     def next_after() -> Optional[Any]:
-        found = message_list(daemon.store, pattern, start, 1, daemon.clock.now().awake)
+        daemon.sweep_messages()
+        found = message_list(daemon.store, pattern, start, 1)
         return found[0] if found else None
 
     topic = "channel:*" if "*" in pattern else f"channel:{pattern}"
-    message = daemon.wait(asker, next_after, 0 if lost else timeout, [topic])
+    message = daemon.wait(asker, next_after, 0 if lost else timeout, [topic])  # who has lost something is told at once
+    lost = lost or loss(daemon, pattern, after)
     gap = lost.get("gap", {}).get("to", 0)
     return ok(message=message and message_view(message), lastId=message["id"] if message else max(start, gap), **lost)
 
@@ -2707,13 +2789,17 @@ def subscribe(daemon: Daemon, asker: Asker, channel: ChannelPattern, after: Opti
 
     def read() -> list[bytes]:
         nonlocal cursor, told
-        dropped, parts = channel_dropped(daemon.store, channel), []
+        daemon.sweep_messages()
+        rows = message_list(daemon.store, channel, cursor, 100)
+        dropped, parts = channel_dropped(daemon.store, channel), []  # after the rows, so that no loss stays untold
         if dropped > max(cursor, told):
             parts.append(sse("gap", {"from": cursor, "to": dropped}))
             told = dropped
-        for row in message_list(daemon.store, channel, cursor, 100, daemon.clock.now().awake):
+        for row in rows:
             cursor = row["id"]
             parts.append(sse("message", message_view(row), cursor))
+            if sum(map(len, parts)) > MAX_BODY:
+                break  # the rest with the next look
         return parts
 
     topic = "channel:*" if "*" in channel else f"channel:{channel}"
@@ -2758,7 +2844,7 @@ def lock_held(daemon: Daemon, name: str, waited: int) -> PortDaddyError:
     state = (f"held by {row['owner'] or 'somebody without a name'} for {span(left)} more" if row else
              "free this instant, for the first of those who wait")
     return PortDaddyError(
-        "LOCK_HELD", f"lock {name} is {state}{said}; wait for it (wait: 60000), or ask the holder",
+        "LOCK_HELD", f"lock {name} is {state}{said}; give it longer (wait), or ask the holder",
         holder=row and row["owner"], heldSince=row and row["acquired"], expiresAt=row and wall(now, row["expires"]),
         waiting=waiting, retryAfter=left, waited=waited)
 
@@ -2803,8 +2889,8 @@ def own_lock(tx: Transaction, asker: Asker, name: str, owner: Optional[str], tok
                        f"{' and the lock is held by ' + str(row['owner']) if row else ''}; stop, and take it again",
                        holder=row and row["owner"])
     if row and token is None and row["owner"] not in (None, asker.who(owner)):
-        raise PortDaddyError("NOT_OWNER", f"lock {name} is held by {row['owner']}, not by "
-                             f"{asker.who(owner) or 'somebody without a name'}; give its owner or token, or force",
+        raise PortDaddyError("NOT_OWNER", f"lock {name} is held by {row['owner']}; release "
+                             "it as that owner, with its token, or by force",
                              holder=row["owner"])
     return row
 
@@ -2816,7 +2902,8 @@ def extend_lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[Ag
     with daemon.write() as tx:
         row = own_lock(tx, asker, name, owner, token)
         if not row or not lock_extend(tx, name, row["token"], ttl):
-            raise LockLost("LOCK_LOST", f"nobody holds lock {name} any more; stop, and take it again", holder=None)
+            raise LockLost("LOCK_LOST", f"nobody holds lock {name}; if you did, its lease has ended: stop, and take it "
+                           "again", holder=None)
         expires = tx.now.wall + ttl
     return ok(name=name, owner=row["owner"], token=row["token"], expiresAt=expires,
               message=f"{name} is held for {span(ttl)} more")
@@ -2832,7 +2919,7 @@ def unlock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId
     return ok(name=name, released=released, message=f"released {name}" if released else f"nobody held {name}")
 
 
-@operation("GET /locks/{name...}", command="check", quiet="held")
+@operation("GET /locks/{name...}", command="check", quiet="valid|held")
 def check_lock(daemon: Daemon, asker: Asker, name: LockName, token: Optional[Fence] = None) -> Reply:
     """Who holds a lock, and, given a token, whether that is still a current one."""
     now = daemon.clock.now()
@@ -2914,12 +3001,12 @@ def unregister(daemon: Daemon, asker: Asker, id: AgentId) -> Reply:
     return ok(agentId=id, unregistered=gone, message=f"{id} is {'unregistered' if gone else 'not registered'}")
 
 
-@operation("GET /agents/{id}", command="agent show")
+@operation("GET /agents/{id}", command="agent show", quiet="agent.isActive")
 def get_agent(daemon: Daemon, asker: Asker, id: AgentId) -> Reply:
     """One agent, with the services and locks it holds."""
     row = daemon.store.row("SELECT * FROM AGENTS WHERE id = ?", id)
     if not row:
-        raise PortDaddyError("NOT_FOUND", f"there is no agent {id}; register it, or list them with GET /agents", id=id)
+        raise PortDaddyError("NOT_FOUND", f"there is no agent {id}; register it, or see `pd agents`", id=id)
     return ok(agent=agent_view(daemon, row, daemon.clock.now()))
 
 
@@ -2945,7 +3032,7 @@ def hook_view(row: Any) -> Reply:
 def need_hook(db: Union[Store, Transaction], hook: str) -> Any:
     row = db.row("SELECT * FROM HOOKS WHERE id = ?", hook)
     if not row:
-        raise PortDaddyError("NOT_FOUND", f"there is no webhook {hook}; list them with GET /webhooks", id=hook)
+        raise PortDaddyError("NOT_FOUND", f"there is no webhook {hook}; see `pd webhook list`", id=hook)
     return row
 
 
@@ -2965,7 +3052,9 @@ def add_webhook(daemon: Daemon, asker: Asker, url: HttpUrl, events: Optional[Eve
     with daemon.write() as tx:
         tx.run("INSERT INTO HOOKS VALUES (?, ?, ?, ?, ?, 1, ?, NULL, 0, 0, ?)", hook, url, to_json(events or ["*"]),
                minted.get("secret", secret), filter_pattern, tx.now.wall, maybe_json(metadata))
-    return ok(id=hook, url=url, events=events or ["*"], **minted, message=f"{hook} will be sent what happens")
+    words = f"; its secret, which is shown only now: {minted['secret']}" if minted else ""
+    return ok(id=hook, url=url, events=events or ["*"], **minted,
+              message=f"{hook}: {', '.join(events or ['*'])} go to {url}{words}")
 
 
 @operation("GET /webhooks", command="webhook list", shows="webhooks: id url events active successCount failureCount",
@@ -3175,7 +3264,7 @@ class Errands:
         self.running: set[str] = set()  # adding and discarding are atomic
 
     def start(self, name: str, work: Callable[[], Any], done: Callable[[], Any] = lambda: None) -> None:
-        def run() -> None:
+        def errand() -> None:
             if attempt(name, lambda: (work(),)) is None:
                 time.sleep(0.05)  # it failed, and may fail again at once
             self.running.discard(name)
@@ -3184,7 +3273,7 @@ class Errands:
         if name not in self.running:
             self.running.add(name)
             try:
-                threading.Thread(target=run, name=name, daemon=True).start()
+                threading.Thread(target=errand, name=name, daemon=True).start()
             except RuntimeError:  # no thread to be had: the next round tries again
                 self.running.discard(name)
 
@@ -3348,9 +3437,12 @@ REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized"
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!\"$-~]+) HTTP/1\.([01])\r\n")  # a target without # or blanks
 HEADER_BLOCK = re.compile(rb"(?:" + TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
-HEADER = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
+HEADER = re.compile(rb"([^:\r\n]+):([^\r\n]*)\r\n")
 SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "origin", "sec-fetch-site", "x-agent-id", "x-pid",
           "last-event-id", "expect", "authorization")  # headers that may not be sent twice
+FULL = (b'HTTP/1.1 503 Service Unavailable\r\nServer: port-daddy/\r\nRetry-After: 1\r\nConnection: close\r\n'
+        b'Content-Type: application/json\r\nContent-Length: 84\r\n\r\n'
+        b'{"success":false,"code":"BUSY","error":"all connections are taken; try again in 1s"} ')
 LOCAL_NAMES: frozenset[str] = frozenset(("localhost", "127.0.0.1", "[::1]"))
 
 
@@ -3376,7 +3468,7 @@ def parse_head(head: bytes) -> Request:
     headers: dict[str, str] = {}
     found = HEADER.findall(head, line.end())
     for raw_name, raw_value in found:
-        name, value = raw_name.decode("ascii").lower(), raw_value.decode("latin-1")
+        name, value = raw_name.decode("ascii").lower(), raw_value.strip(b" \t").decode("latin-1")
         if name in headers:
             if name in SINGLE:
                 raise PortDaddyError("BAD_REQUEST", f"the header {name} was sent twice")
@@ -3561,8 +3653,9 @@ class Connection:
             self.bodiless = request.method == "HEAD"
             gate(request)
             body = self.read_body(request)
-            keep = request.headers.get("connection", "").lower()
-            self.close_after = keep == "close" or request.version == 0 or self.server.stopping
+            options = request.headers.get("connection", "").lower()
+            close = "close" in [word.strip() for word in options.split(",")]
+            self.close_after = close or request.version == 0 or self.server.stopping
             asker = HttpAsker(self, request.headers)
             reply = self.run(request, body, asker)
             if isinstance(reply, Stream):
@@ -3623,12 +3716,16 @@ class Connection:
     def read_body(self, request: Request) -> bytes:
         if request.length > len(self.buffer) and request.headers.get("expect", "").lower() == "100-continue":
             self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + BODY_TIMEOUT
-        while len(self.buffer) < request.length:
+        deadline, parts, missing = time.monotonic() + BODY_TIMEOUT, [self.buffer], request.length - len(self.buffer)
+        while missing > 0:
+            self.buffer = b""
             if not self.receive(deadline):
                 raise PortDaddyError("BAD_REQUEST", "the body ended, or took too long, before its Content-Length")
-        body, self.buffer = self.buffer[:request.length], self.buffer[request.length:]
-        return body
+            parts.append(self.buffer)
+            missing -= len(self.buffer)
+        whole = b"".join(parts)
+        self.buffer = whole[request.length:]
+        return whole[:request.length]
 
     def run(self, request: Request, body: bytes, asker: HttpAsker) -> Union[Reply, Stream]:
         """Find the operation, bind its fields, and ask the daemon."""
@@ -3692,8 +3789,9 @@ class Connection:
                             f"Connection: close\r\n\r\n".encode())
         try:
             for part in stream.parts:
-                self.socket.settimeout(SEND_TIMEOUT)
-                self.socket.sendall(part)
+                for start in range(0, len(part), 65536):  # 10 s for each piece: slow readers are readers
+                    self.socket.settimeout(SEND_TIMEOUT)
+                    self.socket.sendall(part[start:start + 65536])
         except PortDaddyError:
             pass  # we are stopping; the reader comes back and resumes
         return False
@@ -3850,6 +3948,8 @@ def open_door(server: Server, family: int, address: str, port: int) -> Any:
                     if admitted:
                         self.process_request(admitted, client)  # type: ignore[arg-type]
                     else:
+                        with contextlib.suppress(OSError):
+                            connection.send(b"" if self.closed else FULL)
                         connection.close()
                 except (OSError, RuntimeError):  # out of descriptors or threads, or closed: neither stop nor spin
                     if not self.closed:
@@ -3896,20 +3996,22 @@ IDLE_AT_MOST = 10.0  # seconds: the daemon closes at 15
 class Link:
     """One kept-alive connection to the daemon: a request, a reply, or a stream."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, instance: Optional[str] = None) -> None:
         scheme, host, port, _ = split_url(url)
         if scheme != "http":
             raise PortDaddyError("BAD_VALUE", f"the daemon speaks http, not {scheme}; check PORT_DADDY_URL")
         try:
             self.socket = dial(resolve(host, port), timeout)
         except DaemonUnreachable as problem:
-            raise DaemonUnreachable(f"no daemon answers at {url} ({problem}); start one with: python3 port_daddy.py start"
-                                    ) from None
+            raise DaemonUnreachable(f"no daemon answers at {url} ({problem}); start one with: {PROGRAM} start") from None
         self.host = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.url, self.buffer, self.used, self.pid, self.timeout = url, b"", time.monotonic(), os.getpid(), timeout
         try:  # nothing of ours is sent before it is certain that a Port Daddy listens, and not whoever took its port
             self.send("GET", "/health", {}, b"")
-            self.read_body(self.read_head(timeout)[1], timeout)
+            _, headers = self.read_head(timeout)
+            self.read_body(headers, timeout)
+            if instance and not headers["server"].endswith(f"instance/{instance}"):
+                raise DaemonUnreachable(f"what answers at {url} is another folder's Port Daddy; ours has died there")
         except BaseException:
             self.close()
             raise
@@ -3963,7 +4065,8 @@ class Link:
             self.socket.settimeout(max(0.001, deadline - time.monotonic()))
             chunk = self.socket.recv(65536)
         if not chunk:
-            raise DaemonUnreachable(f"the daemon at {self.url} closed the connection")
+            raise DaemonUnreachable(f"the daemon at {self.url} closed the connection, as it does when it is stopped; ask "
+                                    "again")
         self.buffer += chunk
 
     @contextlib.contextmanager
@@ -4015,20 +4118,23 @@ class Caller:
         while self._idle:
             self._idle.pop().close()
 
-    def connect(self) -> Link:
-        """A connection that is kept alive, or a new one."""
+    def connect(self, start: bool = True) -> Link:
+        """A connection that is kept alive, or a new one; with `start`, to a daemon that is started if need be."""
         while self._idle:
             link = self._idle.pop()
             if link.fresh():
                 return link
             link.close()
-        url = self.url or find_url(self.settings)
         try:
-            return Link(url, self.timeout / 1000)
+            url, instance = (self.url, None) if self.url else find_url(self.settings)
+            return Link(url, self.timeout / 1000, instance)
         except DaemonUnreachable:
-            if not self.autostart or self.url:
+            if not self.autostart or self.url or not start:
                 raise
-        return Link(start_daemon(self.settings), self.timeout / 1000)
+        url = start_daemon(self.settings)
+        if sys.stderr.isatty():
+            say(f"pd: started the daemon at {url}")
+        return Link(url, self.timeout / 1000)
 
     def headers(self) -> dict[str, str]:
         headers = {"X-Pid": str(self.pid)} if self.pid else {}
@@ -4440,10 +4546,11 @@ class Subscription:
         self._connect()
 
     def _connect(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline, first = time.monotonic() + 30, self.last is None
         while not self.closed:
             try:
-                self._link = link = self.pd.connect()
+                self._link = link = self.pd.connect(start=first)  # who follows does not bring back what was stopped
+                first = False
                 headers = dict(self.pd.headers(), Accept="text/event-stream")
                 if self.last is not None:
                     headers["Last-Event-ID"] = str(self.last)
@@ -4512,10 +4619,18 @@ class Subscription:
         self.close()
 
 
-def find_url(settings: Settings) -> str:
-    """Where the daemon of these settings is: what was said, else what it wrote down, else the usual port."""
+def find_url(settings: Settings) -> tuple[str, Optional[str]]:
+    """Where the daemon of these settings is: what was said, else what it wrote down, with its instance, else the usual
+    port."""
     found = read_daemon_file(settings.home)
-    return settings.url or (str(found["url"]) if found else f"http://127.0.0.1:{settings.port}")
+    if settings.url:
+        return settings.url, None
+    if found:
+        return str(found["url"]), str(found.get("instance"))
+    usual = os.path.abspath(os.path.expanduser(default_home(os.environ)))
+    if settings.port == 0 or settings.port == 9876 and settings.home != usual:  # 9876 would be another folder's
+        raise DaemonUnreachable(f"no daemon serves {settings.home}; start one with: {PROGRAM} start")
+    return f"http://127.0.0.1:{settings.port}", None
 
 
 def start_daemon(settings: Settings, timeout: float = 15.0) -> str:
@@ -4532,8 +4647,10 @@ def start_daemon(settings: Settings, timeout: float = 15.0) -> str:
     deadline, child = time.monotonic() + timeout, None
     while time.monotonic() < deadline:
         found = read_daemon_file(settings.home)
-        if found and PortDaddy(str(found["url"]), pid=0, timeout=1_000).ping():
-            return str(found["url"])
+        if found:
+            with contextlib.suppress(PortDaddyError):
+                Link(str(found["url"]), 1.0, str(found.get("instance"))).close()
+                return str(found["url"])
         status = child.poll() if child else PROBLEMS["ALREADY_RUNNING"][1]
         if status == PROBLEMS["ALREADY_RUNNING"][1]:  # somebody else's daemon starts, or ends
             child = process_start([sys.executable, os.path.abspath(__file__), "serve"], environ, log_path)
@@ -5055,6 +5172,35 @@ def span_of(child: Child) -> str:
 
 # --- the supervisor ---------------------------------------------------------------------------------------------------
 
+def expand(children: Mapping[str, Child], child: Child, text: str) -> str:
+    """${PORT}, ${api.PORT} and ${api.URL}; everything else in braces is left to the shell."""
+    def value(found: Match[str]) -> str:
+        name, what = found.groups()
+        other = child if name is None else children.get(name)
+        if other is None or (other.port if what == "PORT" else other.url) is None:
+            raise PortDaddyError("BAD_VALUE", f"{child.service.name}: {found.group()} has no value: there is no such "
+                                 "service, or it has no port")
+        return str(other.port if what == "PORT" else other.url)
+    return re.sub(r"\$\{(?:([A-Za-z0-9._-]+)\.(?=(?:PORT|URL)\}))?(PORT|(?<=\.)URL)\}", value, text)
+
+
+def environment(children: Mapping[str, Child], child: Child, daemon_url: str) -> dict[str, str]:
+    """The environment of a child: ours, where its siblings are, its own port, and what its file says."""
+    values = {**os.environ, "PYTHONUNBUFFERED": "1", "PORT_DADDY_URL": daemon_url,
+              "PORT_DADDY_ID": child.service.identity}
+    for name, other in children.items():
+        word = re.sub(r"[^A-Z0-9]", "_", name.upper())
+        values.update({f"{word}_PORT": str(other.port)} if other.port else {})
+        values.update({f"{word}_URL": other.url} if other.url else {})
+    if child.port is not None:
+        values["PORT"] = str(child.port)
+    return {**values, **{name: expand(children, child, text) for name, text in child.service.env.items()}}
+
+
+def address_in_use(child: Child) -> bool:
+    return any(re.search("EADDRINUSE|[Aa]ddress (is )?already in use", line) for line in list(child.tail))
+
+
 class Supervisor:
     """Brings the children of a project up in order, keeps them up, and takes them down in the reverse order."""
 
@@ -5114,7 +5260,7 @@ class Supervisor:
             if self.screen.broken:
                 self.ending, self.exit_status = True, 1
 
-    # --- ports and environment ----------------------------------------------------------------------------------------
+    # --- starting -----------------------------------------------------------------------------------------------------
 
     def claim(self, child: Child, move: bool = False) -> None:
         """Get the port of a service. One that is wanted, and that the command will not be told, must be free."""
@@ -5137,32 +5283,6 @@ class Supervisor:
         child.port = reply["port"]
         return None
 
-    def expand(self, child: Child, text: str) -> str:
-        """${PORT}, ${api.PORT} and ${api.URL}; everything else in braces is left to the shell."""
-        def value(found: Match[str]) -> str:
-            name, what = found.groups()
-            other = child if name is None else self.children.get(name)
-            if other is None or (other.port if what == "PORT" else other.url) is None:
-                raise PortDaddyError("BAD_VALUE", f"{child.service.name}: {found.group()} has no value: there is no such "
-                                     "service, or it has no port")
-            return str(other.port if what == "PORT" else other.url)
-        return re.sub(r"\$\{(?:([A-Za-z0-9._-]+)\.(?=(?:PORT|URL)\}))?(PORT|(?<=\.)URL)\}", value, text)
-
-    def environ(self, child: Child) -> dict[str, str]:
-        values = {**os.environ, "PYTHONUNBUFFERED": "1", "PORT_DADDY_URL": self.daemon_url,
-                  "PORT_DADDY_ID": child.service.identity}
-        for name, other in self.children.items():
-            word = re.sub(r"[^A-Z0-9]", "_", name.upper())
-            if other.port is not None:
-                values[f"{word}_PORT"] = str(other.port)
-            if other.url is not None:
-                values[f"{word}_URL"] = other.url
-        if child.port is not None:
-            values["PORT"] = str(child.port)
-        return {**values, **{name: self.expand(child, text) for name, text in child.service.env.items()}}
-
-    # --- starting -----------------------------------------------------------------------------------------------------
-
     def start_ready(self) -> None:
         for child in self.children.values():
             needs = child.service.needs.items()
@@ -5181,8 +5301,8 @@ class Supervisor:
         try:
             if child.port is not None and not port_free(child.port, reuse=True):
                 self.make_way(child)
-            environ = self.environ(child)
-            process = child_start(self.expand(child, service.cmd or ""), environ, service.cwd)
+            environ = environment(self.children, child, self.daemon_url)
+            process = child_start(expand(self.children, child, service.cmd or ""), environ, service.cwd)
         except PortDaddyError as problem:
             return self.fail(child, str(problem), 1)
         child.process = process
@@ -5198,10 +5318,9 @@ class Supervisor:
 
     def make_way(self, child: Child) -> None:
         """Somebody has taken the port since it was claimed: another one will do, or nothing will."""
-        pid, words = port_holder(child.port or 0)
         if child.service.port is not None and not child.service.mentions_port:
-            raise PortDaddyError("PORT_TAKEN", f"port {child.port} is used by {words}; stop that, or write ${{PORT}} into "
-                                 "the cmd: then any free port will do", pid=pid)
+            raise PortDaddyError("PORT_TAKEN", f"port {child.port} is used by {port_holder(child.port or 0)[1]}; stop "
+                                 "that, or write ${PORT} into the cmd: then any free port will do")
         self.claim(child, move=True)
 
     def await_exit(self, child: Child, run: int, process: subprocess.Popen[bytes]) -> None:
@@ -5211,7 +5330,6 @@ class Supervisor:
     # --- what happens -------------------------------------------------------------------------------------------------
 
     def on_interrupt(self, number: int, frame: Optional[FrameType]) -> None:
-        """A signal handler: it only notes."""
         self.interrupts += 1
         self.events.put(("signal", number))
 
@@ -5255,8 +5373,8 @@ class Supervisor:
             self.settle(child, "completed", "stopped")
         elif status == 0 and child.port is not None and child.port in listeners():
             self.settle(child, "detached", "detached")
-        elif status and child.state == "starting" and not child.retried and self.address_in_use(child):
-            child.retried, child.state = True, "waiting"
+        elif status and child.state == "starting" and not child.retried and address_in_use(child):
+            child.retried = True
             self.stop_groups([child])
             child.state = "waiting"
         elif service.restart == "always" or service.restart == "on-failure" and status:
@@ -5268,10 +5386,6 @@ class Supervisor:
         child.state, child.ended = state, time.monotonic()
         self.report(child, status)
         self.screen.changed(child)
-
-    @staticmethod
-    def address_in_use(child: Child) -> bool:
-        return any(re.search("EADDRINUSE|[Aa]ddress (is )?already in use", line) for line in list(child.tail))
 
     def restart_later(self, child: Child, status: int) -> None:
         """1 s, 2 s, 4 s … 30 s; a service that ran for a minute begins anew."""
@@ -5359,11 +5473,8 @@ class Supervisor:
             self.stop_groups(level)
             for child in level:
                 if child.service.has_port and child.state != "detached":
-                    self.release(child.service.identity)
+                    self.reporter.tell(functools.partial(self.pd.release, child.service.identity))
             children = [child for child in children if child not in level]
-
-    def release(self, identity: str) -> None:
-        self.reporter.tell(lambda: self.pd.release(identity))
 
     def stop_groups(self, children: Sequence[Child]) -> None:
         """Signal the groups, kill those that do not end in time, and see that they are empty."""
@@ -5652,19 +5763,41 @@ def commands() -> dict[str, Command]:
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
+FIELD_WORDS = {  # what a field is for, where its kind does not say
+    "exact": "insist on --port", "move": "take another port although this one is used by a stranger",
+    "force": "although it is somebody else's, or everything", "expired": "those whose time is over",
+    "range_only": "only ports of PORT_DADDY_RANGE", "unmanaged_only": "only ports that no service has",
+    "active": "only those that are alive", "port": "the port that it would like", "range": "choose from these ports",
+    "agent": "who claims (default: PORT_DADDY_AGENT)", "owner": "who holds it (default: PORT_DADDY_AGENT)",
+    "sender": "who publishes (default: PORT_DADDY_AGENT)", "pid": "end with this process", "cmd": "the command, as a note",
+    "cwd": "its folder, as a note", "pair": "the service that this one belongs to, as a note",
+    "health": "the URL that tells whether it is well", "metadata": "a JSON object of your own",
+    "expires": "how long to keep it", "ttl": "how long the lease lasts", "wait": "how long to wait in line (default: not)",
+    "timeout": "how long to wait", "group": "the group of workers to share with",
+    "after": "read after this id, as a reader of its own", "token": "the fencing token of the lease",
+    "secret": "what deliveries are signed with; auto: make one",
+    "events": "which, separated by commas (default: all)", "filter_pattern": "only what happens to these",
+    "payload": "JSON, or else a text; - reads it from stdin", "limit": "how many at most",
+    "name": "a name for people", "type": "what kind of agent", "max_services": "how many services it may claim",
+    "max_locks": "how many locks it may hold", "status": "only those in this state", "target": "what it happened to",
+    "since": "not before", "until": "not after"}
+
+
 def operation_arguments(parser: argparse.ArgumentParser, one: Operation) -> None:
     """Required fields are positional, the others flags; the kinds check on this side what they would on the other."""
     for field in one.fields.values():
         flag = "--" + field.name.replace("_", "-")
+        words = FIELD_WORDS.get(field.name, field.kind.expected).replace("%", "%%")
         if field.required or field.name in one.positional:
-            several = isinstance(field.kind, Several)
-            parser.add_argument(field.name, help=field.kind.expected,
-                                nargs="+" if several else None if field.required else "?")
+            words = FIELD_WORDS[field.name] if field.name == "payload" else field.kind.expected
+            parser.add_argument(field.name, help=words, nargs="+" if isinstance(field.kind, Several) and field.required
+                                else None if field.required else "?")
         elif isinstance(field.kind, Flag):
-            parser.add_argument(flag, action="store_true", default=None, help="")
+            parser.add_argument(flag, action="store_true", default=None, help=words)
         else:
             default = f" (default {span(field.default)})" if isinstance(field.kind, Period) and field.default else ""
-            parser.add_argument(flag, metavar=field.name.upper(), help=field.kind.expected + default)
+            unit = "DURATION" if isinstance(field.kind, Period) else field.name.upper()
+            parser.add_argument(flag, metavar=unit, help=words + default)
 
 
 def field_value(field: Field, text: Any) -> Any:
@@ -5674,14 +5807,20 @@ def field_value(field: Field, text: Any) -> Any:
     if isinstance(text, list):
         text = ",".join(text)
     if field.wire == "payload":
-        text = sys.stdin.read() if text == "-" else text
+        text = (sys.stdin.read() if sys.stdin else "") if text == "-" else text
         with contextlib.suppress(PortDaddyError):
             return read_json(text)
         return text
     if isinstance(field.kind, Period) and text.isdigit():
         raise PortDaddyError("BAD_VALUE", f"{field.wire} {text}: write {text}s for seconds or {text}ms for milliseconds",
                              field=field.wire)
-    return field.check(text, read=True)
+    try:
+        return field.check(text, read=True)
+    except PortDaddyError as problem:
+        if isinstance(field.kind, Period):  # here a bare number is not taken for milliseconds
+            raise PortDaddyError("BAD_VALUE", str(problem).replace('milliseconds, or text such as "30s"', "such as 30s"),
+                                 field=field.wire) from None
+        raise
 
 
 def new_client(options: Optional[argparse.Namespace] = None, pid: int = 0) -> PortDaddy:
@@ -5696,7 +5835,7 @@ def run_operation(one: Operation, options: argparse.Namespace) -> int:
     """Ask for an operation and show its reply."""
     fields = {field.name: field_value(field, getattr(options, field.name)) for field in one.fields.values()
               if getattr(options, field.name, None) is not None}
-    for name in {"timeout", "wait"} & set(one.fields):
+    for name in sorted({"timeout", "wait"} & set(one.fields)):
         fields.setdefault(name, one.fields[name].default)
     longest = milliseconds(fields.get("timeout", fields.get("wait", 0)))
     if longest and sys.stderr.isatty():
@@ -5736,19 +5875,27 @@ def show(reply: Reply, options: argparse.Namespace, shows: str, quiet: str) -> N
     elif isinstance(reply.get("message"), str):
         out(reply["message"])
     elif "message" in reply:
-        out(json.dumps(reply["message"], ensure_ascii=False) if reply["message"] else "no message came in time")
+        if reply["message"]:
+            out(json.dumps(reply["message"], ensure_ascii=False))
+        else:
+            say("no message came in time")
     else:
         facts = reply.get("agent", reply)
-        width = max(len(key) for key in facts)
+        if facts.get("held") is False and "valid" not in facts:
+            return out(f"nobody holds {facts['name']}")
+        width = max(len(heading(key)) for key in facts)
         for key, value in facts.items():
             if key not in ("success", "service", "webhook", "urls", "holders"):
-                out(f"{key.ljust(width)}  {cell(key, value)}")
+                out(f"{heading(key).ljust(width)}  {cell(key, value)}")
     if reply.get("warning"):
         say(f"pd: {reply['warning']}")
+    return None
 
 
 def dig(value: Any, path: str) -> Any:
+    """What stands at a path such as message.payload, or at the first of "valid|held" that there is."""
     for name in path.split("."):
+        name = next((one for one in name.split("|") if isinstance(value, dict) and one in value), name)
         value = value.get(name) if isinstance(value, dict) else None
     return value
 
@@ -5779,14 +5926,27 @@ def show_table(rows: Sequence[Reply], columns: Sequence[str], name: str) -> None
     if not rows:
         say(f"no {name}")
         return
-    table = [[re.sub(r"(?<!^)([A-Z])", r" \1", column.rpartition(".")[2]).upper() for column in columns]]
+    table = [[heading(column.rpartition(".")[2]).upper() for column in columns]]
     table += [[printable(cell(column, dig(row, column))) for column in columns] for row in rows]
     widths = [max(len(line[position]) for line in table) for position in range(len(columns))]
-    room = os.get_terminal_size().columns if sys.stdout.isatty() else 0
+    room = os.get_terminal_size().columns if sys.stdout.isatty() else 10 ** 9
+    while sum(widths) + 2 * len(widths) > room + 2 and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1  # the longest column gives way first
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for line in table:
-        text = "  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip()
-        text = text[:room - 1] + "…" if 0 < room < len(text) else text
-        out(text)
+        words = [(word if len(word) <= width else word[:width - 1] + "…").ljust(width) for word, width in zip(line, widths)]
+        text = printable("  ".join(words).rstrip())
+        for state, code in STATE_COLORS.items() if color else ():
+            text = re.sub(rf"(?<=  ){state}(?=  |$)", f"\x1b[{code}m{state}\x1b[0m", text)
+        write_text(1, f"{text}\n")
+
+
+STATE_COLORS = {"running": 32, "delivered": 32, "unhealthy": 31, "hijacked": 31, "crashed": 31, "dead": 31, "stopped": 33}
+
+
+def heading(name: str) -> str:
+    """A wire name for people: expiresAt, expires at."""
+    return re.sub(r"(?<!^)([A-Z])", lambda found: " " + found.group(1).lower(), name)
 
 
 # --- commands that are more than one operation ------------------------------------------------------------------------
@@ -5810,6 +5970,7 @@ def serve(options: argparse.Namespace) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, on_signal)
+    raise_limits()
     server = Server(settings)
     try:
         server.start()
@@ -5845,8 +6006,8 @@ def daemon_facts(settings: Settings, own: bool = True) -> Optional[Reply]:
     """What the running daemon says of itself, None when none answers: the `own` of the state folder, or the one that
     commands talk to."""
     found = read_daemon_file(settings.home)
-    url = str(found["url"]) if own and found else find_url(settings)
     try:
+        url = str(found["url"]) if own and found else find_url(settings)[0]
         facts = {**PortDaddy(url, pid=0).version(), "url": url}
     except DaemonUnreachable:
         return None
@@ -5889,12 +6050,13 @@ def daemon_status(options: argparse.Namespace) -> int:
     settings = Settings.load(home=options.home)
     facts = daemon_facts(settings, own=False)
     if facts is None:
-        raise DaemonUnreachable("no daemon runs; any command starts it, or run: python3 port_daddy.py start")
+        raise DaemonUnreachable(f"no daemon runs; any command starts it, or run: {PROGRAM} start")
     held = PortDaddy(str(facts["url"]), pid=0).metrics()
-    counts = ", ".join(f"{held[name]} {name}" for name in ("services", "locks", "agents", "channels", "webhooks"))
+    counts = ", ".join(f"{held[name]} {name[:-1] if held[name] == 1 else name}" for name in (
+        "services", "locks", "agents", "channels", "webhooks"))
     show({**facts, "metrics": held, "message": (
         f"port-daddy {facts['version']} at {facts['url']} (pid {facts['pid']}), up {span(facts['uptime'])}\n"
-        f"holds {counts}; {held['waiters']} wait\nstate in {settings.home}")}, options, "", "url")
+        f"holds {counts}; {held['waiters']} waiting\nstate in {settings.home}")}, options, "", "url")
     return 0
 
 
@@ -5935,6 +6097,9 @@ def show_env(options: argparse.Namespace) -> int:
     for service in new_client(options).list_services(options.pattern)["services"]:
         name = re.sub(r"[^A-Z0-9]+", "_", service["id"].upper())
         name = f"_{name}" if name[0].isdigit() else name
+        if f"{name}_PORT" in values:
+            say(f"pd: {service['id']} has the same variables as another service, and is left out")
+            continue
         values[f"{name}_PORT"] = str(service["port"])
         if "local" in service["endpoints"]:
             values[f"{name}_URL"] = service["endpoints"]["local"]
@@ -5957,7 +6122,8 @@ def follow_channel(options: argparse.Namespace) -> int:
     client = new_client(options)
 
     def on_loss(what: Reply) -> None:
-        say(f"pd: {what['event']}: messages between {what.get('from')} and {what.get('to')} are gone")
+        say(f"pd: messages up to {what['to']} are gone" if what["event"] == "gap" else
+            "pd: that id is of another database; beginning with what there is")
 
     with client.subscribe(options.channel, after=options.after, on_loss=on_loss) as messages:
         if sys.stderr.isatty():
@@ -5992,7 +6158,7 @@ def with_lock(options: argparse.Namespace) -> int:
         if holder["held"]:
             say(f"pd: waiting up to {span(wait)} for {options.name}, held by {holder['owner'] or 'somebody'}")
     with client.with_lock(options.name, owner=options.owner, ttl=ttl, wait=wait, pid=os.getpid(), on_loss=on_loss) as held:
-        return runner.run(words, {"PORT_DADDY_LOCK": options.name, "PORT_DADDY_TOKEN_OF_LOCK": str(held.token)})
+        return runner.run(words, {"PORT_DADDY_LOCK": options.name, "PORT_DADDY_LOCK_TOKEN": str(held.token)})
 
 
 def need_words(options: argparse.Namespace) -> list[str]:
@@ -6006,6 +6172,7 @@ class Runner:
 
     def __init__(self) -> None:
         self.child: Optional[subprocess.Popen[bytes]] = None
+        self.early = 0  # a signal that came before there was a child to pass it on to
 
     def run(self, words: Sequence[str], environ: Mapping[str, str]) -> int:
         import signal
@@ -6013,6 +6180,8 @@ class Runner:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)  # the terminal tells the child itself
         try:
             self.child = process_run(words, {**os.environ, **environ})
+            if self.early:
+                self.pass_on(self.early, None)
             status = self.child.wait()
         finally:
             for number, handler in before.items():
@@ -6022,6 +6191,8 @@ class Runner:
     def pass_on(self, number: int, frame: Optional[FrameType]) -> None:
         if self.child:
             process_signal(self.child.pid, number)
+        else:
+            self.early = number
 
     def stop(self) -> None:
         import signal
@@ -6186,7 +6357,7 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @command("run", "pd run myapp:api -- npm run dev", run_arguments)
-def run(options: argparse.Namespace) -> int:
+def run_one(options: argparse.Namespace) -> int:
     """Claim a port, run one command with it as PORT, and release it when the command ends."""
     import shlex
     words = need_words(options)
@@ -6209,36 +6380,58 @@ def guard_groups(options: argparse.Namespace) -> int:
 
 # --- the top ----------------------------------------------------------------------------------------------------------
 
-def overview(known: Mapping[str, Command]) -> str:
-    """All commands, a line each."""
-    width = max(map(len, known))
-    lines = [f"  {words.ljust(width)}  {one.summary}" for words, one in sorted(known.items())]
-    return (f"Port Daddy {__version__}: ports, locks, channels and agents for everything on this machine.\n\n"
-            f"usage: pd COMMAND [--json | -q] …      pd COMMAND --help shows its arguments and an example\n\n"
-            + "\n".join(lines))
+FAMILIES = (("projects", "dev down restart logs run scan"),
+            ("services", "claim release find url env wait endpoint ports cleanup"),
+            ("channels", "pub sub poll channels clear"), ("locks", "with-lock lock unlock extend check locks"),
+            ("agents", "agent agents"), ("webhooks", "webhook"),
+            ("the daemon", "start stop status serve daemon activity version"))
+
+
+def overview(known: Mapping[str, Command], only: str = "") -> str:
+    """All commands in their families, or those of one family such as `agent`; a line each."""
+    lines = [] if only else [f"Port Daddy {__version__}: ports, locks, channels and agents for everything on this machine.",
+                             "", "usage: pd COMMAND … [--json | -q]      pd COMMAND --help: its arguments and an example"]
+    for family, heads in FAMILIES:
+        found = [one for head in heads.split() for words, one in sorted(known.items()) if words.split()[0] == head]
+        shown = {one.words: one for one in found if not only or one.words.split()[0] == only}
+        lines += ["", f"{family}:"] if shown else []
+        lines += [f"  {words.ljust(18)}  {one.summary}" for words, one in shown.items()]
+    return "\n".join(lines).lstrip("\n")
 
 
 def parse(argv: Sequence[str], known: Mapping[str, Command]) -> tuple[Command, argparse.Namespace]:
     """The command that the words name, and its arguments; whatever follows -- is left alone in `words`."""
     import argparse
+    import difflib
     cut = argv.index("--") if "--" in argv else len(argv)
     words, rest = list(argv[:cut]), list(argv[cut + 1:])
+    while words and words[0] in ("--json", "-q", "--quiet") or len(words) > 2 and words[0] == "--home":
+        count = 2 if words[0] == "--home" else 1
+        words = words[count:] + words[:count]
     count = 2 if " ".join(words[:2]) in known else 1
     name = " ".join(words[:count])
     if name not in known:
-        import difflib
-        family = [one for one in known if one.startswith(f"{name} ")]
-        near = family or difflib.get_close_matches(name, known, 3)
+        near = difflib.get_close_matches(" ".join(words[:2]), known, 3) or difflib.get_close_matches(name, known, 3)
         raise PortDaddyError("BAD_VALUE", f"there is no command {name!r}; "
                              f"{'did you mean ' + ', '.join(near) + '?' if near else 'pd help lists them'}")
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = [match for one in unknown for match in difflib.get_close_matches(one, flags, 1)]
+            hint = f"did you mean {near[0]}?" if near else f"for example: {chosen.example}"
+            raise PortDaddyError("BAD_VALUE", f"{name}: {message}; {hint} (pd {name} --help)")
+
     chosen = known[name]
-    parser = argparse.ArgumentParser(prog=f"pd {name}", description=chosen.summary, allow_abbrev=False,
-                                     epilog=f"example: {chosen.example}")
+    wraps = name in ("with-lock", "run")
+    parser = Parser(prog=f"pd {name}", description=chosen.summary, epilog=f"example: {chosen.example}", allow_abbrev=False)
     chosen.arguments(parser)
     parser.add_argument("--json", action="store_true", help="the reply as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="only the value that a script wants")
     parser.add_argument("--home", metavar="DIR", help="the state folder (PORT_DADDY_HOME)")
-    wraps = name in ("with-lock", "run")
+    if wraps:
+        parser.usage = parser.format_usage().strip().replace("usage: ", "", 1) + " -- COMMAND …"
     options = parser.parse_args(words[count:] + (["--", *rest] if rest and not wraps else []))
     options.words, options.command = rest if wraps else [], name
     return chosen, options
@@ -6246,21 +6439,18 @@ def parse(argv: Sequence[str], known: Mapping[str, Command]) -> tuple[Command, a
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line. -> 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 timed out, 6 no daemon, 130 Ctrl-C"""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a message must not be lost to an old locale
     try:
-        if os.name != "posix":
-            raise PortDaddyError("NOT_IMPLEMENTED", "Port Daddy needs Linux or macOS; on Windows, run it in WSL")
-        known = commands()
-        if not argv or argv[0] in ("help", "-h", "--help"):
-            out(overview(known))
-            return 0
-        chosen, options = parse(["version"] if list(argv) == ["--version"] else argv, known)
-        return chosen.run(options)
-    except PortDaddyError as problem:
-        if "--json" in argv:
-            print(json.dumps(problem.body, indent=2, ensure_ascii=False))
-        say(f"pd: {problem}")
-        return problem.exit_status
+        try:
+            return run_command(argv)
+        except PortDaddyError as problem:
+            say(f"pd: {problem}")
+            if "--json" in argv:
+                print(json.dumps(problem.body, indent=2, ensure_ascii=False), flush=True)
+            return problem.exit_status
     except SystemExit as end:  # argparse has said what it had to say
         return int(end.code or 0)
     except KeyboardInterrupt:
@@ -6271,6 +6461,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OSError as error:
         say(f"pd: {error}")
         return 1
+
+
+def run_command(argv: list[str]) -> int:
+    if os.name != "posix":
+        raise PortDaddyError("NOT_IMPLEMENTED", "Port Daddy needs Linux or macOS; on Windows, run it in WSL")
+    known = commands()
+    argv = [*argv[1:], "--help"] if argv[:1] == ["help"] and len(argv) > 1 else argv
+    families = {words.split()[0] for words in known if " " in words} - set(known)
+    if not argv or argv[0] in ("help", "-h", "--help") or argv[0] in families and argv[1:] in ([], ["--help"], ["-h"]):
+        out(overview(known, argv[0] if argv and argv[0] in families else ""))
+        return 0
+    chosen, options = parse(["version"] if argv == ["--version"] else argv, known)
+    return chosen.run(options)
 
 
 if __name__ == "__main__":
