@@ -65,15 +65,15 @@ import threading
 import time
 import zlib
 from typing import (
-    TYPE_CHECKING, Annotated, Any, Callable, Deque, Iterable, Iterator, Mapping, Match, NamedTuple, NoReturn, Optional,
-    Sequence, TypeVar, Union,
+    TYPE_CHECKING, Annotated, Any, Callable, Deque, Generator, Iterable, Iterator, Mapping, Match, NamedTuple, NoReturn,
+    Optional, Sequence, TypeVar, Union,
 )
 
 if TYPE_CHECKING:
     import argparse
     import queue
     import subprocess
-    from types import FrameType, TracebackType
+    from types import FrameType
 
 __all__ = ["PortDaddy", "PortDaddyError", "ConnectionError", "DaemonUnreachable", "LockLost", "verify_webhook", "main"]
 __version__ = "1.0.0"
@@ -187,6 +187,11 @@ EVENT_KINDS = (
 to_json: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def plain(value: Any) -> str:
+    """A text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else to_json(value)
+
+
 def maybe_json(value: Any) -> Optional[str]:
     return None if value is None else to_json(value)
 
@@ -215,10 +220,17 @@ def camel(name: str) -> str:
     return head + "".join(word.capitalize() for word in rest)
 
 
+def expect(holds: object) -> None:
+    """What a kind asks of a value; whoever gave it is told what would have been taken."""
+    if not holds:
+        raise ValueError
+
+
 class Kind:
     """A kind of value: `expected` says in words what `parse` (from JSON) and `read` (from text) accept."""
 
     nullable = False  # JSON null is a value, and not the same as leaving the field out
+    hidden = False  # it is never shown again, not even to say that it was refused
 
     def __init__(self, expected: str) -> None:
         self.expected = expected
@@ -231,18 +243,17 @@ class Kind:
 
 
 class Text(Kind):
-    def __init__(self, expected: str, pattern: str) -> None:
+    """Text that matches a pattern, and for which `also` holds."""
+
+    def __init__(self, expected: str, pattern: str, also: Callable[[str], object] = lambda text: True,
+                 hidden: bool = False) -> None:
         super().__init__(expected)
+        self.pattern, self.also, self.hidden = pattern, also, hidden
         self.matches = re.compile(pattern, re.DOTALL).fullmatch
 
-    def parse(self, value: Any) -> str:
-        if not isinstance(value, str) or not self.matches(value):
-            raise ValueError
+    def parse(self, value: Any) -> Any:
+        expect(isinstance(value, str) and self.matches(value) and self.also(value))
         return value
-
-
-class Password(Text):
-    """Text that is never shown again, not even to say that it was refused."""
 
 
 class Integer(Kind):
@@ -250,14 +261,12 @@ class Integer(Kind):
         super().__init__(f"{expected} from {low} to {high}")
         self.low, self.high = low, high
 
-    def parse(self, value: Any) -> int:
-        if type(value) is not int or not self.low <= value <= self.high:  # a bool is an int, and no number
-            raise ValueError
+    def parse(self, value: Any) -> Any:
+        expect(type(value) is int and self.low <= value <= self.high)  # a bool is an int, and no number
         return value
 
-    def read(self, text: str) -> int:
-        if not re.fullmatch(r"-?[0-9]{1,18}", text):
-            raise ValueError
+    def read(self, text: str) -> Any:
+        expect(re.fullmatch(r"-?[0-9]{1,18}", text))
         return self.parse(int(text))
 
 
@@ -268,26 +277,23 @@ class Period(Integer):
         super().__init__("milliseconds", low, high)
         self.expected = f'a duration from {span(low)} to {span(high)}: milliseconds, or text such as "30s" or "2h30m"'
 
-    def parse(self, value: Any) -> int:
+    def parse(self, value: Any) -> Any:
         if isinstance(value, str):
-            if not re.fullmatch(r"(?:[0-9]{1,12}(?:\.[0-9]{1,6})?(?:ms|s|m|h|d))+", value):
-                raise ValueError
+            expect(re.fullmatch(r"(?:[0-9]{1,12}(?:\.[0-9]{1,6})?(?:ms|s|m|h|d))+", value))
             value = round(sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([0-9.]+)([a-z]+)", value)))
         return super().parse(value)
 
-    def read(self, text: str) -> int:
+    def read(self, text: str) -> Any:
         return super().read(text) if text.isdigit() else self.parse(text)
 
 
 class Flag(Kind):
-    def parse(self, value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise ValueError
+    def parse(self, value: Any) -> Any:
+        expect(isinstance(value, bool))
         return value
 
     def read(self, text: str) -> bool:
-        if text not in ("true", "1", "false", "0"):
-            raise ValueError
+        expect(text in ("true", "1", "false", "0"))
         return text in ("true", "1")
 
 
@@ -300,8 +306,7 @@ class Json(Kind):
         self.nullable = only is object
 
     def parse(self, value: Any) -> Any:
-        if not isinstance(value, self.only):
-            raise ValueError
+        expect(isinstance(value, self.only))
         size = len(to_json(value).encode())
         if size > self.limit:
             raise PortDaddyError("TOO_LARGE", f"{size} bytes of JSON are more than the limit of {self.limit}",
@@ -320,34 +325,20 @@ class Several(Kind):
         self.kind, self.most = kind, most
 
     def parse(self, value: Any) -> list[Any]:
-        if not isinstance(value, list) or not 1 <= len(value) <= self.most:
-            raise ValueError
+        expect(isinstance(value, list) and 1 <= len(value) <= self.most)
         return [self.kind.parse(item) for item in value]
 
     def read(self, text: str) -> list[Any]:
         return self.parse([self.kind.read(item) for item in text.split(",")])
 
 
-class Glob(Kind):
-    """A name of a kind, or a pattern over such names."""
-
-    def __init__(self, kind: Kind) -> None:
-        super().__init__(f"{kind.expected}; or a pattern of these with * for any run of characters")
-        self.kind = kind
-
-    def parse(self, value: Any) -> str:
-        return str(PATTERN.parse(value) if isinstance(value, str) and "*" in value else self.kind.parse(value))
-
-
 class Ports(Kind):
     """A range of ports, [low, high] or "low-high"."""
 
     def parse(self, value: Any) -> tuple[int, int]:
-        if not isinstance(value, list) or len(value) != 2:
-            raise ValueError
+        expect(isinstance(value, list) and len(value) == 2)
         low, high = (PORT.parse(port) for port in value)
-        if low > high:
-            raise ValueError
+        expect(low <= high)
         return low, high
 
     def read(self, text: str) -> tuple[int, int]:
@@ -358,41 +349,31 @@ class Lines(Kind):
     """What a service printed: objects with `text`, and perhaps `stream` and `at`."""
 
     def parse(self, value: Any) -> list[tuple[str, str, Optional[int]]]:
-        if not isinstance(value, list) or not 1 <= len(value) <= KEEP_LINES:
-            raise ValueError
+        expect(isinstance(value, list) and 1 <= len(value) <= KEEP_LINES)
         found = []
         for line in value:
-            if not isinstance(line, dict) or not isinstance(line.get("text"), str) or len(line["text"]) > 64 * 1024:
-                raise ValueError
-            if line.get("stream", "stdout") not in ("stdout", "stderr") or set(line) - {"text", "stream", "at"}:
-                raise ValueError
+            expect(isinstance(line, dict) and isinstance(line.get("text"), str) and len(line["text"]) <= 64 * 1024)
+            expect(line.get("stream", "stdout") in ("stdout", "stderr") and not set(line) - {"text", "stream", "at"})
             at = None if line.get("at") is None else INSTANT.parse(line["at"])
             found.append((line.get("stream", "stdout"), line["text"], at))
         return found
 
 
-class Url(Text):
+def glob_of(kind: Text) -> Text:
+    """A name of a kind, or a pattern over such names."""
+    return Text(f"{kind.expected}; or a pattern of these with * for any run of characters",
+                rf"(?:{kind.pattern})|(?=.*\*)(?:{PATTERN.pattern})")
+
+
+def url_of(schemes: str) -> Text:
     """An absolute URL in visible ASCII, without user or password."""
-
-    def __init__(self, schemes: str) -> None:
-        super().__init__(f"a URL that begins with {schemes.replace('|', ':// or ')}:// and holds no user or password",
-                         rf"(?i:{schemes})://(?:[A-Za-z0-9._~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{{1,5}})?"
-                         r"(?:[/?](?:[!-\"$-~])*)?")
-
-    def parse(self, value: Any) -> str:
-        url = super().parse(value)
+    def port_fits(url: str) -> bool:
         port = re.match(r"[a-z]+://[^/?]*?:([0-9]+)(?:[/?]|\Z)", url, re.IGNORECASE)
-        if len(url) > 2048 or port and not 1 <= int(port.group(1)) <= 65535:
-            raise ValueError
-        return url
+        return not port or 1 <= int(port.group(1)) <= 65535
 
-
-class EventName(Text):
-    def parse(self, value: Any) -> str:
-        name = super().parse(value)
-        if not any(matches(name, kind) for kind in EVENT_KINDS):
-            raise ValueError
-        return name
+    return Text(f"a URL that begins with {schemes.replace('|', ':// or ')}:// and holds no user or password",
+                rf"(?=.{{1,2048}}\Z)(?i:{schemes})://(?:[A-Za-z0-9._~%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{{1,5}})?"
+                r"(?:[/?](?:[!-\"$-~])*)?", port_fits)
 
 
 PORT = Integer("a port", 1, 65535)
@@ -405,7 +386,8 @@ LOCK_NAME = Text("a lock name of 1 to 100 of A-Z a-z 0-9 . _ : / -, no segment o
                  r"(?=.{1,100}\Z)(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._:-]+(?:/(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._:-]+)*")
 PATTERN = Text("a name or a pattern with *, of A-Z a-z 0-9 . _ : / * -, at most 200 characters",
                r"[A-Za-z0-9._:/*-]{1,200}")
-EVENT = EventName("an event such as lock.acquire, or a pattern such as lock.* or *", r"[a-z.*]{1,40}")
+EVENT = Text("an event such as lock.acquire, or a pattern such as lock.* or *", r"[a-z.*]{1,40}",
+             lambda name: any(matches(name, kind) for kind in EVENT_KINDS))
 
 Port = Annotated[int, PORT]
 PortRange = Annotated[tuple[int, int], Ports('a range of ports such as [3100, 9999] or "3100-9999"')]
@@ -416,17 +398,17 @@ AgentId = Annotated[str, PLAIN_NAME]
 EndpointName = Annotated[str, PLAIN_NAME]
 LockName = Annotated[str, LOCK_NAME]
 Pattern = Annotated[str, PATTERN]
-ServicePattern = Annotated[str, Glob(IDENTITY)]
-ChannelPattern = Annotated[str, Glob(PLAIN_NAME)]
-LockPattern = Annotated[str, Glob(LOCK_NAME)]
+ServicePattern = Annotated[str, glob_of(IDENTITY)]
+ChannelPattern = Annotated[str, glob_of(PLAIN_NAME)]
+LockPattern = Annotated[str, glob_of(LOCK_NAME)]
 EventPattern = Annotated[str, EVENT]
 EventList = Annotated[list[str], Several(EVENT, 20)]
 IdentityList = Annotated[list[str], Several(IDENTITY, 100)]
 Word = Annotated[str, Text("text of 1 to 100 characters", r".{1,100}")]
 Line = Annotated[str, Text("text of at most 4096 characters", r".{0,4096}")]
-Secret = Annotated[str, Password('a secret of 8 to 256 characters, whsec_ and base64 among them, or "auto" to have one '
-                                 'made', r"auto|(?!whsec_).{8,256}|whsec_(?:[A-Za-z0-9+/]{4})+(?:[A-Za-z0-9+/]{2}==|"
-                                 r"[A-Za-z0-9+/]{3}=)?")]
+Secret = Annotated[str, Text('a secret of 8 to 256 characters, whsec_ and base64 among them, or "auto" to have one made',
+                             r"auto|(?!whsec_).{8,256}|whsec_(?:[A-Za-z0-9+/]{4})+(?:[A-Za-z0-9+/]{2}==|"
+                             r"[A-Za-z0-9+/]{3}=)?", hidden=True)]
 Status = Annotated[str, Text("one of " + ", ".join(STATUSES), "|".join(STATUSES))]
 HookId = Annotated[str, Text("an id as the daemon gave it", r"[A-Za-z0-9_-]{1,64}")]
 Duration = Annotated[int, Period(1, 86_400_000)]
@@ -448,8 +430,8 @@ Pid = Annotated[int, Integer("a process id", 1, 2 ** 31 - 1)]
 Bool = Annotated[bool, Flag("true or false")]
 Metadata = Annotated[dict[str, Any], Json("a JSON object of at most 10 KB", MAX_METADATA, dict)]
 Payload = Annotated[Any, Json("any JSON value of at most 256 KiB", MAX_PAYLOAD)]
-HttpUrl = Annotated[str, Url("http|https")]
-EndpointUrl = Annotated[str, Url("http|https|ws|wss")]
+HttpUrl = Annotated[str, url_of("http|https")]
+EndpointUrl = Annotated[str, url_of("http|https|ws|wss")]
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -557,14 +539,12 @@ class Settings(NamedTuple):
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {}
         for name, variable, default, kind, _ in SETTINGS:
-            given, text = flags.get(name), environ.get(variable, "")
+            source, given = f"--{name}", flags.get(name)
+            if given is None:
+                source, given = variable, environ.get(variable) or default
             try:
-                if given is not None:
-                    values[name] = kind.read(given) if isinstance(given, str) else given
-                else:
-                    values[name] = kind.read(text) if text else default
+                values[name] = kind.read(given) if isinstance(given, str) else given
             except ValueError:
-                source = f"--{name}" if given is not None else variable
                 raise PortDaddyError("BAD_VALUE", f"{source} must be {kind.expected}") from None
         home = os.path.expanduser(values["home"] or default_home(environ))
         if home.startswith("~"):
@@ -736,7 +716,7 @@ class Bell:
 #    its length (`ttl`), from which it starts anew after a reboot. Columns named like instants are wall-clock time.
 # 4. Message and event ids come from one counter, fencing tokens from another; neither ever repeats a number.
 #
-#    lock:    free ──lock_take──> held ──lock_extend──> held ──lock_free──> free      (lock_sweep: time or process is over)
+#    lock:    free ──lock_take──> held ──extend_lock──> held ──lock_free──> free      (lock_sweep: time or process is over)
 #    message: kept ──message_take──> taken by the group ──message_return──> waits for the group again (its answer was lost)
 #    hook:    pending ──delivery_settle──> delivered, or pending again, or dead
 
@@ -827,7 +807,7 @@ class Counter:
     """Numbers that never repeat: taken from memory, with `reserved` in META never below what was given out."""
 
     def __init__(self, key: str, value: int) -> None:
-        self.key, self.value, self.reserved, self.committed = key, value, value, value
+        self.key, self.value, self.reserved = key, value, value
 
 
 class Store:
@@ -885,8 +865,26 @@ class Store:
                 counter.value = counter.reserved = counter.reserved + BOOT_JUMP
                 tx.run("UPDATE META SET value = ? WHERE key = ?", counter.value, counter.key)
 
-    def transaction(self, clock: Callable[[], Now]) -> Transaction:
-        return Transaction(self, clock)
+    @contextlib.contextmanager
+    def transaction(self, clock: Callable[[], Now], after: Callable[[Transaction], None] = lambda tx: None,
+                    ) -> Iterator[Transaction]:
+        """One BEGIN IMMEDIATE … COMMIT; rolled back when its block raises. `clock` is read once it has begun, so that
+        the order of instants is that of the commits; `after` is called when it is committed and the lock let go."""
+        with self._lock:
+            reserved = self.ids.reserved, self.tokens.reserved
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                tx = Transaction(self, clock())
+                yield tx
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                with contextlib.suppress(self._errors):  # a failed COMMIT may have rolled back by itself
+                    self._db.execute("ROLLBACK")
+                self.ids.reserved, self.tokens.reserved = reserved
+                if isinstance(error, self._errors):
+                    raise self._failed(error) from None
+                raise
+        after(tx)
 
     def rows(self, sql: str, *values: Any) -> list[Any]:
         with self._lock:
@@ -915,31 +913,6 @@ class Store:
             return error
         return PortDaddyError("STORAGE_FULL", f"the database could not be read or written ({error}); nothing was changed")
 
-    def begin(self) -> None:
-        self._lock.acquire()
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-        except BaseException as error:
-            self._lock.release()
-            if isinstance(error, self._errors):
-                raise self._failed(error) from None
-            raise
-
-    def end(self, commit: bool) -> None:
-        try:
-            if commit:
-                self._db.execute("COMMIT")
-                self.ids.committed, self.tokens.committed = self.ids.reserved, self.tokens.reserved
-        except self._errors as error:
-            commit = False
-            raise self._failed(error) from None
-        finally:
-            if not commit:
-                with contextlib.suppress(self._errors):  # a failed COMMIT may have rolled back by itself
-                    self._db.execute("ROLLBACK")
-                self.ids.reserved, self.tokens.reserved = self.ids.committed, self.tokens.committed
-            self._lock.release()
-
     def close(self) -> None:
         """Write the counters as they are, fold the log into the file, and let go of it."""
         with self._lock, contextlib.suppress(self._errors):
@@ -951,25 +924,14 @@ class Store:
 
 
 class Transaction:
-    """One BEGIN IMMEDIATE … COMMIT; rolled back when its block raises. `topics` ring after the commit, and `due` is the
-    earliest instant (awake) at which something that it wrote is over."""
+    """What a transaction may do. `topics` ring after the commit, and `due` is the earliest instant (awake) at which
+    something that it wrote is over."""
 
-    now: Now  # read when the transaction has begun, so that the order of instants is that of the commits
-
-    def __init__(self, store: Store, clock: Callable[[], Now]) -> None:
-        self._store, self._clock = store, clock
+    def __init__(self, store: Store, now: Now) -> None:
+        self._store, self.now = store, now
         self.rows, self.row, self.value, self.run = store.rows, store.row, store.value, store.run
         self.topics: set[str] = set()
         self.due = MAX_INTEGER
-
-    def __enter__(self) -> Transaction:
-        self._store.begin()
-        self.now = self._clock()
-        return self
-
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
-        self._store.end(commit=kind is None)
 
     def ring(self, *topics: str) -> None:
         self.topics.update(topics)
@@ -1011,21 +973,27 @@ class Transaction:
                 delivery_append(self, hook["id"], number, kind, facts)
 
 
+Sql = Union[Store, Transaction]
+
+
+def insert(tx: Transaction, table: str, **columns: Any) -> None:
+    tx.run(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", *columns.values())
+
+
+def update(tx: Transaction, table: str, key: str, **columns: Any) -> None:
+    """Change columns of the row with that id, if there are any to change."""
+    if columns:
+        tx.run(f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in columns)} WHERE id = ?", *columns.values(), key)
+
+
 # --- services ---------------------------------------------------------------------------------------------------------
 
-def service_row(db: Union[Store, Transaction], identity: str) -> Optional[Any]:
+def service_row(db: Sql, identity: str) -> Optional[Any]:
     return db.row("SELECT * FROM SERVICES WHERE id = ?", identity)
 
 
-def service_insert(tx: Transaction, identity: str, **columns: Any) -> None:
-    """Give an identity its port; the unique index on it refuses what nobody should have tried."""
-    values = {"id": identity, "created": tx.now.wall, "seen": tx.now.wall, **columns}
-    tx.run(f"INSERT INTO SERVICES ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", *values.values())
-
-
 def service_update(tx: Transaction, identity: str, **columns: Any) -> None:
-    assignments = ", ".join(f"{name} = ?" for name in columns)
-    tx.run(f"UPDATE SERVICES SET {assignments} WHERE id = ?", *columns.values(), identity)
+    update(tx, "SERVICES", identity, **columns)
     tx.ring(f"service:{identity}")
 
 
@@ -1041,14 +1009,13 @@ def service_delete(tx: Transaction, rows: Sequence[Any], agent: Optional[str]) -
     return [row["port"] for row in rows]
 
 
-def line_append(tx: Transaction, identity: str, lines: Sequence[tuple[str, str, Optional[int]]]) -> int:
+def line_append(tx: Transaction, identity: str, lines: Sequence[tuple[str, str, Optional[int]]]) -> None:
     """Add what a service printed, forget all but the last lines, and ring for those who follow."""
     for stream, text, at in lines:
         tx.run("INSERT INTO LINES VALUES (?, ?, ?, ?, ?)", tx.next_id(), identity, stream, text, at or tx.now.wall)
     tx.run("DELETE FROM LINES WHERE service = ? AND id <= (SELECT id FROM LINES WHERE service = ? ORDER BY id DESC "
            "LIMIT 1 OFFSET ?)", identity, identity, KEEP_LINES)
     tx.ring(f"lines:{identity}")
-    return len(lines)
 
 
 def line_list(db: Store, identity: str, after: int, last: int) -> list[Any]:
@@ -1082,15 +1049,11 @@ def message_drop(tx: Transaction, channel: str, rows: Sequence[Any]) -> None:
            len(rows), sum(row["size"] for row in rows), max((row["id"] for row in rows), default=0), channel)
 
 
-def message_list(db: Union[Store, Transaction], pattern: str, after: int, limit: int) -> list[Any]:
+def message_list(db: Sql, pattern: str, after: int, limit: int) -> list[Any]:
     """The messages of one channel, or of all that a pattern covers, after an id; oldest first."""
     if "*" in pattern:
         return db.rows("SELECT * FROM MESSAGES WHERE id > ? AND channel GLOB ? ORDER BY id LIMIT ?", after, pattern, limit)
     return db.rows("SELECT * FROM MESSAGES WHERE channel = ? AND id > ? ORDER BY id LIMIT ?", pattern, after, limit)
-
-
-def message_newest(db: Store, channel: str, limit: int) -> list[Any]:
-    return db.rows("SELECT * FROM MESSAGES WHERE channel = ? ORDER BY id DESC LIMIT ?", channel, limit)[::-1]
 
 
 def message_sweep(tx: Transaction) -> None:
@@ -1100,15 +1063,14 @@ def message_sweep(tx: Transaction) -> None:
                                           channel, tx.now.awake))
 
 
-def message_waiting(db: Union[Store, Transaction], channel: str, team: str) -> Optional[Any]:
+def message_waiting(db: Sql, channel: str, team: str) -> Optional[Any]:
     """The message that the group reads next: one it was given back, else the first behind its cursor."""
     back = db.row("SELECT MESSAGES.* FROM RETURNED JOIN MESSAGES ON MESSAGES.id = message WHERE RETURNED.channel = ? "
                   "AND team = ? ORDER BY message LIMIT 1", channel, team)
     if back:
         return back
     cursor = db.value("SELECT cursor FROM READERS WHERE channel = ? AND team = ?", channel, team) or 0
-    found = message_list(db, channel, cursor, 1)
-    return found[0] if found else None
+    return next(iter(message_list(db, channel, cursor, 1)), None)
 
 
 def message_take(tx: Transaction, channel: str, team: str) -> Optional[Any]:
@@ -1135,7 +1097,7 @@ def channel_dropped(db: Store, pattern: str) -> int:
 
 # --- locks ------------------------------------------------------------------------------------------------------------
 
-def lock_row(db: Union[Store, Transaction], name: str, awake: int) -> Optional[Any]:
+def lock_row(db: Sql, name: str, awake: int) -> Optional[Any]:
     return db.row("SELECT * FROM LOCKS WHERE name = ? AND expires > ?", name, awake)
 
 
@@ -1150,11 +1112,6 @@ def lock_take(tx: Transaction, name: str, owner: Optional[str], ttl: int, pid: O
            tx.lasts(ttl), ttl, maybe_json(metadata))
     tx.emit("lock.acquire", name, owner, lockName=name, owner=owner, token=token, expiresAt=tx.now.wall + ttl)
     return token
-
-
-def lock_extend(tx: Transaction, name: str, token: int, ttl: int) -> bool:
-    return tx.run("UPDATE LOCKS SET expires = ?, ttl = ? WHERE name = ? AND token = ? AND expires > ?",
-                  tx.lasts(ttl), ttl, name, token, tx.now.awake) == 1
 
 
 def lock_free(tx: Transaction, row: Any, kind: str, reason: str) -> bool:
@@ -1175,7 +1132,7 @@ def lock_sweep(tx: Transaction, condition: str, *values: Any, reason: str = "tim
 
 # --- agents -----------------------------------------------------------------------------------------------------------
 
-def agent_alive(db: Union[Store, Transaction], agent: Optional[str], awake: int) -> Optional[Any]:
+def agent_alive(db: Sql, agent: Optional[str], awake: int) -> Optional[Any]:
     return db.row("SELECT * FROM AGENTS WHERE id = ? AND alive AND expires > ?", agent, awake)
 
 
@@ -1184,9 +1141,7 @@ def agent_insert(tx: Transaction, agent: str, ttl: int, **columns: Any) -> None:
     tx.run("INSERT INTO AGENTS (id, type, registered, heartbeat, expires, ttl, alive) VALUES (?, 'cli', ?, ?, ?, ?, 1) "
            "ON CONFLICT (id) DO UPDATE SET heartbeat = excluded.heartbeat, expires = excluded.expires, "
            "ttl = excluded.ttl, alive = 1", agent, tx.now.wall, tx.now.wall, tx.lasts(ttl), ttl)
-    if columns:
-        tx.run(f"UPDATE AGENTS SET {', '.join(f'{name} = ?' for name in columns)} WHERE id = ?",
-               *columns.values(), agent)
+    update(tx, "AGENTS", agent, **columns)
 
 
 def agent_die(tx: Transaction, agent: str, survives: Callable[[Any], bool]) -> None:
@@ -1235,9 +1190,8 @@ def asks_for_messages(kind: Optional[str]) -> bool:
     return kind is not None and kind.strip("*") != "" and matches(kind, "message.publish")
 
 
-def event_list(db: Store, kind: Optional[str], agent: Optional[str] = None, subject: Optional[str] = None,
-               after: int = 0, since: int = 0, until: int = MAX_INTEGER, limit: int = 100, newest: bool = False,
-               ) -> list[Any]:
+def event_list(db: Store, kind: Optional[str], agent: Optional[str] = None, subject: Optional[str] = None, after: int = 0,
+               since: int = 0, until: int = MAX_INTEGER, limit: int = 100, newest: bool = False) -> list[Any]:
     """Events that match, oldest or newest first."""
     sources = "SELECT id, at, kind, subject, agent, facts FROM EVENTS"
     if asks_for_messages(kind):
@@ -1298,9 +1252,8 @@ def out(text: str) -> None:
 
 def boot_id() -> str:
     """A text that is the same until the machine is started again."""
-    if LINUX:
-        return read_text("/proc/sys/kernel/random/boot_id").strip() or "unknown"
-    return command_output("sysctl", "-n", "kern.bootsessionuuid").strip() or "unknown"
+    text = read_text("/proc/sys/kernel/random/boot_id") if LINUX else command_output("sysctl", "-n", "kern.bootsessionuuid")
+    return text.strip() or "unknown"
 
 
 def unknowable(error: OSError) -> PortDaddyError:
@@ -1308,23 +1261,44 @@ def unknowable(error: OSError) -> PortDaddyError:
     return PortDaddyError("BUSY", f"the system could not be asked ({error.strerror}); try again in a second")
 
 
+def raise_if_short(error: OSError) -> None:
+    """Not having been able to ask is no answer."""
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+        raise unknowable(error) from None
+
+
+@contextlib.contextmanager
+def blamed(code: str, words: str) -> Iterator[None]:
+    """What goes wrong out there leaves as a problem: our words, and what the system says."""
+    try:
+        yield
+    except OSError as error:
+        raise PortDaddyError(code, f"{words}: {error.strerror}") from None
+
+
 def read_text(path: str) -> str:
     """What a file holds; empty when it cannot be read."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+    return ""
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """The JSON object that a file holds; an empty one when there is none."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
+        found = json.loads(read_text(path))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def command_output(*words: str) -> str:
     """What a command prints within five seconds; empty when it fails or does not exist."""
     import subprocess
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               timeout=5, check=False, env={**os.environ, "LC_ALL": "C"}).stdout.decode("utf-8", "replace")
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return ""
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -1333,6 +1307,15 @@ def since_boot() -> int:
     """Milliseconds on the clock on which processes are born: since the machine was started, sleep included; elsewhere
     than on Linux, where `ps` tells no other, the wall's."""
     return (time.clock_gettime_ns(time.CLOCK_BOOTTIME) if LINUX else time.time_ns()) // 1_000_000
+
+
+def stat_fields(text: str) -> list[str]:
+    """The state and what follows it in /proc/<pid>/stat; the name in brackets before them may hold anything."""
+    return text[text.rfind(")") + 2:].split()
+
+
+def all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def process_birth(pid: int) -> Optional[int]:
@@ -1345,10 +1328,8 @@ def process_birth(pid: int) -> Optional[int]:
             return None
         except OSError as error:
             raise unknowable(error) from None
-        fields = text[text.rfind(")") + 2:].split()  # the name in brackets may hold anything
-        if len(fields) < 20 or fields[0] in "ZX":
-            return None
-        return int(fields[19]) * 1000 // os.sysconf("SC_CLK_TCK")
+        fields = stat_fields(text)
+        return None if len(fields) < 20 or fields[0] in "ZX" else int(fields[19]) * 1000 // os.sysconf("SC_CLK_TCK")
     state, _, started = command_output("ps", "-o", "state=,lstart=", "-p", str(pid)).strip().partition(" ")
     if not started or state.startswith("Z"):
         return None
@@ -1366,9 +1347,8 @@ def process_lives(pid: int, birth: Optional[int]) -> bool:
 
 def process_command(pid: int) -> str:
     """The command line of a process, as far as we may see it."""
-    if LINUX:
-        return " ".join(read_text(f"/proc/{pid}/cmdline").replace("\0", " ").split())[:120]
-    return " ".join(command_output("ps", "-o", "command=", "-p", str(pid)).split())[:120]
+    text = read_text(f"/proc/{pid}/cmdline") if LINUX else command_output("ps", "-o", "command=", "-p", str(pid))
+    return " ".join(text.replace("\0", " ").split())[:120]
 
 
 def process_start(arguments: Sequence[str], environ: Mapping[str, str], log_path: str) -> subprocess.Popen[bytes]:
@@ -1390,12 +1370,7 @@ def process_run(arguments: Sequence[str], environ: Mapping[str, str]) -> subproc
     import ctypes
     import signal
     import subprocess
-    libc = ctypes.CDLL(None) if LINUX else None
-
-    def end_with_us() -> None:
-        if libc:
-            libc.prctl(1, signal.SIGTERM)
-
+    end_with_us = functools.partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM) if LINUX else None
     try:
         return subprocess.Popen(list(arguments), env=dict(environ), preexec_fn=end_with_us)
     except OSError as error:
@@ -1412,11 +1387,9 @@ def child_start(command: str, environ: Mapping[str, str], folder: str) -> subpro
 
     Its stdin stays a pipe that nobody writes to, and ends when we do: many servers take that for their end."""
     import subprocess
-    try:
+    with blamed("BAD_VALUE", f"it cannot be started in {folder}"):
         return subprocess.Popen(["/bin/sh", "-c", BARRIER, "sh", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, env=dict(environ), cwd=folder, start_new_session=True, bufsize=0)
-    except OSError as error:
-        raise PortDaddyError("BAD_VALUE", f"it cannot be started in {folder}: {error.strerror}") from None
 
 
 def child_go(process: subprocess.Popen[bytes]) -> None:
@@ -1425,45 +1398,55 @@ def child_go(process: subprocess.Popen[bytes]) -> None:
             process.stdin.write(b"\n")
 
 
-def shell_status(command: str, environ: Mapping[str, str], folder: str, timeout: float) -> tuple[int, str]:
-    """Run a shell command to its end or its deadline: its status, and the last line it printed."""
+def child_feed(process: subprocess.Popen[bytes]) -> None:
+    """Hand our own stdin on to a child, to its end."""
+    if process.stdin:
+        with contextlib.suppress(OSError), process.stdin as pipe:
+            for piece in iter(lambda: read_some(0), b""):
+                pipe.write(piece)
+
+
+def shell_status(command: str, environ: Mapping[str, str], folder: str, timeout: float,
+                 began: Callable[[int], Any], ended: Callable[[int], Any]) -> tuple[int, str]:
+    """Run a shell command to its end or its deadline: its status, and the last line it printed. `began` and `ended` are
+    told its process group."""
     import signal
     import subprocess
     process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, env=dict(environ), cwd=folder, start_new_session=True)
     try:
+        began(process.pid)
         said = process.communicate(timeout=timeout)[0].decode("utf-8", "replace").strip().splitlines()
     except subprocess.TimeoutExpired:
+        said = [f"not finished after {timeout:g} s"]
+    finally:
         group_signal(process.pid, signal.SIGKILL)
         process.communicate()
-        said = [f"not finished after {timeout:g} s"]
+        ended(process.pid)
     return process.returncode, said[-1] if said else ""
 
 
 def read_some(descriptor: int) -> bytes:
     """What there is to read now, up to 64 KiB; nothing at the end."""
-    try:
+    with contextlib.suppress(OSError):
         return os.read(descriptor, 65536)
-    except OSError:
-        return b""
+    return b""
 
 
 def write_text(descriptor: int, text: str) -> bool:
     """Write all of a text; False when nobody reads any more."""
     data = text.encode("utf-8", "replace")
-    try:
+    with contextlib.suppress(OSError):
         while data:
             data = data[os.write(descriptor, data):]
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def group_of(pid: int) -> int:
-    try:
+    with contextlib.suppress(OSError):
         return os.getpgid(pid)
-    except OSError:
-        return 0
+    return 0
 
 
 def group_signal(group: int, number: int) -> None:
@@ -1480,13 +1463,8 @@ def group_members(group: int) -> list[int]:
     except OSError:
         pass  # alive, and not ours
     if LINUX:
-        found = []
-        for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-            text = read_text(f"/proc/{pid}/stat")
-            fields = text[text.rfind(")") + 2:].split()
-            if len(fields) > 2 and fields[2] == str(group) and fields[0] not in "ZX":
-                found.append(pid)
-        return found
+        stats = ((pid, stat_fields(read_text(f"/proc/{pid}/stat"))) for pid in all_pids())
+        return [pid for pid, its in stats if len(its) > 2 and its[2] == str(group) and its[0] not in "ZX"]
     lines = (line.split() for line in command_output("ps", "-A", "-o", "pid=,pgid=,state=").splitlines())
     return [int(pid) for pid, its, state in lines if its == str(group) and not state.startswith("Z")]
 
@@ -1499,18 +1477,17 @@ class Guardian:
 
     def __init__(self) -> None:
         import subprocess
+        self._lock = threading.Lock()  # guards the conversation: the main loop and the probers have it
         self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "guard"], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/")
 
     def _say(self, words: str) -> None:
-        try:
+        with contextlib.suppress(OSError), self._lock:
             assert self.process.stdin and self.process.stdout
             self.process.stdin.write(f"{words}\n".encode())
             self.process.stdin.flush()
             if self.process.stdout.readline() == b"ok\n":
                 return
-        except OSError:
-            pass
         raise PortDaddyError("INTERNAL", "the guardian process has died; start again")
 
     def add(self, group: int, number: int, timeout: float) -> None:
@@ -1555,11 +1532,10 @@ def guard() -> None:
 
 def process_signal(pid: int, number: int) -> bool:
     """Send a signal; False when there is no such process, or it is not ours."""
-    try:
+    with contextlib.suppress(OSError):
         os.kill(pid, number)
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 # --- ports ------------------------------------------------------------------------------------------------------------
@@ -1593,8 +1569,7 @@ def _listeners_linux() -> Iterator[Listener]:
                     if kind == 20:  # SOCK_DIAG_BY_FAMILY: struct inet_diag_msg
                         yield Listener(struct.unpack_from(">H", body, 4)[0], struct.unpack_from("=I", body, 68)[0], None)
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-            raise unknowable(error) from None
+        raise_if_short(error)
         for path in ("/proc/net/tcp", "/proc/net/tcp6"):
             for line in read_text(path).splitlines()[1:]:
                 words = line.split()
@@ -1631,14 +1606,13 @@ def listener_pids(wanted: Iterable[Listener]) -> dict[int, int]:
     if not LINUX or len(found) == len(known):
         return found
     targets = {f"socket:[{key}]": key for key in known}
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
-        try:
-            for descriptor in os.scandir(f"/proc/{pid}/fd"):
-                key = targets.get(os.readlink(descriptor.path))
-                if key is not None:
-                    found.setdefault(key, pid)
-        except OSError:
-            continue  # it has ended, or belongs to somebody else
+    for pid in sorted(all_pids()):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(FileNotFoundError):  # closed since
+                    key = targets.get(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
+                    if key is not None:
+                        found.setdefault(key, pid)
         if len(found) == len(known):
             break
     return found
@@ -1667,8 +1641,7 @@ def port_free(port: int, reuse: bool = False) -> bool:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((address, port))
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                raise unknowable(error) from None
+            raise_if_short(error)
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # a machine without IPv6
                 return False
     return True
@@ -1684,25 +1657,35 @@ def ephemeral_ports() -> tuple[int, int]:
 
 def dial(addresses: Sequence[tuple[Any, ...]], timeout: float) -> socket.socket:
     """Connect to the first of some addresses that answers, within one deadline for all of them."""
-    deadline, last = time.monotonic() + timeout, "there is no address to connect to"
+    deadline, last, facts = time.monotonic() + timeout, "there is no address to connect to", {}
     for family, _, _, _, address in addresses:
         try:
-            connection = socket.socket(family, socket.SOCK_STREAM)
-            try:
+            with contextlib.ExitStack() as undo:
+                connection = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
                 connection.settimeout(max(0.01, deadline - time.monotonic()))
                 connection.connect(address)
-                if connection.getsockname() == connection.getpeername():  # a free port of the ephemeral range met itself
+                if connection.getsockname()[1] == address[1] and is_self(connection):
                     raise OSError(errno.ECONNREFUSED, "Connection refused")
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                undo.pop_all()
                 return connection
-            except BaseException:
-                connection.close()
-                raise
         except socket.timeout:
             last = "no answer in time"
+        except ConnectionResetError:  # accepted, and thrown out before we looked
+            last, facts = "it closed without an answer", {"spoke": False}
         except OSError as error:
             last = error.strerror or str(error)
-    raise DaemonUnreachable(last)
+    problem = DaemonUnreachable(last)
+    problem.facts = facts
+    raise problem
+
+
+def is_self(connection: socket.socket) -> bool:
+    """Whether a connection to a free port of the ephemeral range has met itself."""
+    try:
+        return bool(connection.getsockname() == connection.getpeername())
+    except OSError:
+        return False  # the other side has hung up already
 
 
 def split_url(url: str) -> tuple[str, str, int, str]:
@@ -1797,12 +1780,11 @@ class Answer(NamedTuple):
 def http_call(method: str, url: str, addresses: Sequence[tuple[Any, ...]], headers: Mapping[str, str], body: bytes,
               timeout: float) -> Answer:
     """One request to addresses that were checked before, within one deadline: no redirect, no proxy, no reuse."""
-    deadline, reply, connected = time.monotonic() + timeout, b"", False
+    deadline, reply = time.monotonic() + timeout, b""
     scheme, host, port, target = split_url(url)
-    try:
-        with contextlib.ExitStack() as stack:
-            connection = stack.enter_context(dial(addresses, timeout))
-            connected = True
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(dial(addresses, timeout))
+        try:
             if scheme == "https":
                 import ssl
                 connection = stack.enter_context(
@@ -1822,11 +1804,10 @@ def http_call(method: str, url: str, addresses: Sequence[tuple[Any, ...]], heade
                 if not chunk:
                     break
                 reply = re.sub(rb"\AHTTP/1\.[01] 1[0-9]{2}[ \r](?s:.*?)\r\n\r\n", b"", reply + chunk)  # interim
-    except socket.timeout:
-        raise PortDaddyError("TIMED_OUT", f"no answer within {timeout:g} s") from None
-    except (OSError, ValueError) as error:
-        if not connected:
-            raise DaemonUnreachable(str(error) or type(error).__name__) from None
+        except socket.timeout:
+            raise PortDaddyError("TIMED_OUT", f"no answer within {timeout:g} s") from None
+        except (OSError, ValueError):
+            pass  # what there is of a reply tells
     head = re.match(rb"HTTP/1\.[01] ([1-5][0-9]{2})[ \r]", reply)
     if not head:
         raise PortDaddyError("BAD_REQUEST", "what answered is not HTTP" if reply else "it closed without an answer",
@@ -1849,7 +1830,7 @@ def raise_limits() -> None:
 
 def open_home(path: str) -> None:
     """Make the state folder ours alone, or refuse it when it belongs to somebody else."""
-    try:
+    with blamed("INTERNAL", f"the state folder {path} cannot be used"):
         os.makedirs(path, mode=0o700, exist_ok=True)
         found = os.stat(path)
         if found.st_uid != os.geteuid():
@@ -1857,8 +1838,6 @@ def open_home(path: str) -> None:
         if stat.S_IMODE(found.st_mode) & 0o077:
             os.chmod(path, stat.S_IMODE(found.st_mode) & 0o700)
         os.close(os.open(os.path.join(path, "port_daddy.db"), os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite's files follow
-    except OSError as error:
-        raise PortDaddyError("INTERNAL", f"the state folder {path} cannot be used: {error.strerror}") from None
 
 
 def lock_home(path: str) -> Optional[int]:
@@ -1866,26 +1845,22 @@ def lock_home(path: str) -> Optional[int]:
 
     The kernel's lock ends with the process, however it ends. It is taken before the database is touched."""
     import fcntl
-    try:
+    with blamed("INTERNAL", f"the state folder {path} cannot be written"):
         descriptor = os.open(os.path.join(path, "daemon.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return None
-    except OSError as error:
-        raise PortDaddyError("INTERNAL", f"the state folder {path} cannot be written: {error.strerror}") from None
     return descriptor
 
 
 def write_file(path: str, text: str, mode: int = 0o600) -> None:
     """Replace a file in one step, so that nobody ever reads half of it."""
-    try:
+    with blamed("STORAGE_FULL", f"{path} could not be written"):
         with open(f"{path}.new", "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(text)
         os.replace(f"{path}.new", path)
-    except OSError as error:
-        raise PortDaddyError("STORAGE_FULL", f"{path} could not be written: {error.strerror}") from None
 
 
 def remove_file(path: str) -> None:
@@ -1895,11 +1870,9 @@ def remove_file(path: str) -> None:
 
 def file_owner(path: str) -> tuple[int, int, int]:
     """The mode and the owner of a file, and the owner of its folder."""
-    try:
+    with blamed("NOT_FOUND", f"{path} cannot be read"):
         found = os.stat(path)
         return found.st_mode, found.st_uid, os.stat(os.path.dirname(path) or ".").st_uid
-    except OSError as error:
-        raise PortDaddyError("NOT_FOUND", f"{path} cannot be read: {error.strerror}") from None
 
 
 def file_hash(path: str) -> str:
@@ -1985,10 +1958,10 @@ class Daemon:
         self.sha256 = file_hash(os.path.abspath(__file__))
         self._listening: tuple[float, dict[int, list[Listener]]] = (0.0, {})
 
-    @contextlib.contextmanager
-    def write(self) -> Iterator[Transaction]:
-        with self.store.transaction(self.clock.now) as tx:
-            yield tx
+    def write(self) -> contextlib.AbstractContextManager[Transaction]:
+        return self.store.transaction(self.clock.now, self._ring)
+
+    def _ring(self, tx: Transaction) -> None:
         self.bell.ring(*tx.topics)
         if tx.due < self.planned:
             self.bell.ring("keeper")
@@ -2026,12 +1999,9 @@ class Daemon:
         own = None
         for pid in listener_pids(there).values():
             birth = process_birth(pid)
-            if pid in (row["claimer"], row["pid"]):
-                own = pid
-            elif birth is not None and birth < row["born"] - BIRTH_SLACK:
+            if birth is not None and birth < row["born"] - BIRTH_SLACK and pid not in (row["claimer"], row["pid"]):
                 return pid, None
-            else:
-                own = pid
+            own = pid
         return None, own
 
     def observe(self) -> None:
@@ -2042,19 +2012,16 @@ class Daemon:
             key = there[0].key if there else None
             fits = row["status"] in (("running", "unhealthy", "hijacked", "detached") if there else
                                      ("assigned", "starting", "stopped", "crashed", "dead"))
-            died = (not there and row["status"] in ("assigned", "stopped") and self.owns_pid(row)
-                    and not process_lives(row["pid"], row["birth"]))
-            if fits and self.adopted.get(row["id"], 0) == (key or 0) and not died or self.supervised(row):
+            died = not there and self.owns_pid(row) and not process_lives(row["pid"], row["birth"])
+            fits = fits and not (died and row["status"] in ("assigned", "stopped"))
+            if fits and self.adopted.get(row["id"], 0) == (key or 0) or self.supervised(row):
                 continue
             stranger, pid = self.stranger(row, there)
-            news: dict[str, Any]
+            news: dict[str, Any] = {"status": "dead" if died else "stopped" if row["status"] != "assigned" else "assigned"}
             if stranger:
                 news = {"status": "hijacked", "error": f"pid {stranger} listens on the port and is older than the claim"}
             elif there:
                 news = {"status": "running", "error": None, **({"pid": pid} if pid and row["birth"] is None else {})}
-            else:
-                dead = died or self.owns_pid(row) and not process_lives(row["pid"], row["birth"])
-                news = {"status": "dead" if dead else "stopped" if row["status"] != "assigned" else "assigned"}
             with self.write() as tx:
                 now = service_row(tx, row["id"])
                 if not now or any(now[name] != row[name] for name in ("port", "status", "born", "pid")):
@@ -2073,8 +2040,7 @@ class Daemon:
 
     def supervised(self, row: Any) -> bool:
         """Whether an agent that is alive has said that it checks this service itself."""
-        return row["checker"] is not None and agent_alive(
-            self.store, row["checker"], self.clock.now().awake) is not None
+        return row["checker"] is not None and agent_alive(self.store, row["checker"], self.clock.now().awake) is not None
 
     def check_health(self, row: Any) -> None:
         """Ask a service whether it is well: its health URL, else whether its port answers."""
@@ -2098,17 +2064,14 @@ class Daemon:
             row = service_row(tx, identity)
             if not row:
                 return
-            news: dict[str, Any] = {"healthy": healthy, "latency": latency, "error": error, "checked": tx.now.wall,
-                                    "checker": checker}
-            if healthy and row["status"] == "unhealthy":
-                news["status"] = "running"
-            elif not healthy and row["status"] == "running" and row["health"]:
-                news["status"] = "unhealthy"
-            service_update(tx, identity, **news)
-            if healthy and not row["healthy"]:
-                tx.emit("service.healthy", identity, row["agent"], serviceId=identity, port=row["port"], error=None)
-            elif row["healthy"] and not healthy:
-                tx.emit("service.unhealthy", identity, row["agent"], serviceId=identity, port=row["port"], error=error)
+            status = row["status"]
+            if status in ("running", "unhealthy") and (healthy or row["health"]):
+                status = "running" if healthy else "unhealthy"
+            service_update(tx, identity, healthy=healthy, latency=latency, error=error, checked=tx.now.wall,
+                           checker=checker, status=status)
+            if healthy != bool(row["healthy"]):
+                tx.emit("service.healthy" if healthy else "service.unhealthy", identity, row["agent"], serviceId=identity,
+                        port=row["port"], error=error)
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -2184,7 +2147,7 @@ class Field(NamedTuple):
             return self.kind.read(value) if read else self.kind.parse(value)
         except ValueError:
             shown = to_json(value)
-            if len(shown) > 60 or isinstance(self.kind, Password):
+            if len(shown) > 60 or self.kind.hidden:
                 shown = f"{type(value).__name__} of {len(shown)} characters"
             raise PortDaddyError("BAD_VALUE", f"{self.wire} must be {self.kind.expected}; it was {shown}",
                                  field=self.wire, expected=self.kind.expected) from None
@@ -2196,25 +2159,23 @@ class Operation:
     """One thing that can be asked, and the words that every face uses for it."""
 
     def __init__(self, function: Callable[..., Any], routes: Sequence[str], command: str, aliases: str, shows: str,
-                 quiet: str) -> None:
+                 quiet: str, example: str) -> None:
         self.function, self.name, self.shows, self.quiet = function, function.__name__, shows, quiet
+        self.example = example or f"pd {command.partition(' [')[0]}"
         self.routes = [tuple(route.split(" ")) for route in routes]
         self.command, self.aliases = command.partition(" [")[0], aliases.split()
         self.positional = re.findall(r"\[(\w+)\]", command)
         self.summary = (function.__doc__ or "").split("\n")[0]
-        self._fields: Optional[dict[str, Field]] = None
 
-    @property
+    @functools.cached_property
     def fields(self) -> dict[str, Field]:
         """By wire name; worked out when first needed, since a short command needs one operation of fifty."""
-        if self._fields is None:
-            from typing import get_type_hints
-            function, hints = self.function, get_type_hints(self.function, include_extras=True)
-            names = function.__code__.co_varnames[2:function.__code__.co_argcount]
-            defaults = dict(zip(reversed(names), reversed(function.__defaults__ or ())))
-            self._fields = {camel(name): Field(name, camel(name), kind_of(hints[name]), name not in defaults,
-                                               defaults.get(name)) for name in names}
-        return self._fields
+        from typing import get_type_hints
+        function, hints = self.function, get_type_hints(self.function, include_extras=True)
+        names = function.__code__.co_varnames[2:function.__code__.co_argcount]
+        defaults = dict(zip(reversed(names), reversed(function.__defaults__ or ())))
+        return {camel(name): Field(name, camel(name), kind_of(hints[name]), name not in defaults, defaults.get(name))
+                for name in names}
 
     def bind(self, given: Mapping[str, Any], read: Mapping[str, str]) -> dict[str, Any]:
         """The arguments from JSON values and from texts: every one checked, nothing unknown, nothing missing."""
@@ -2247,23 +2208,23 @@ OPERATIONS: list[Operation] = []
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def operation(*routes: str, command: str = "", aliases: str = "", shows: str = "", quiet: str = "") -> Callable[[F], F]:
+def operation(*routes: str, command: str = "", aliases: str = "", shows: str = "", quiet: str = "",
+              example: str = "") -> Callable[[F], F]:
     """Declare an operation. `shows` names what a terminal shows of a listing, `quiet` the one value that -q prints."""
     def declare(function: F) -> F:
-        OPERATIONS.append(Operation(function, routes, command, aliases, shows, quiet))
+        OPERATIONS.append(Operation(function, routes, command, aliases, shows, quiet, example))
         return function
     return declare
 
 
-class Stream:
-    """A reply without an end: the parts of an event stream (Server-Sent Events, WHATWG HTML)."""
-
-    def __init__(self, parts: Iterator[bytes]) -> None:
-        self.parts = parts
+Stream = Generator[bytes, None, None]  # a reply without an end: the parts of an event stream (WHATWG HTML, 9.2)
 
 
-def ok(**facts: Any) -> Reply:
-    return {"success": True, **facts}
+def ok(*warnings: Optional[str], **facts: Any) -> Reply:
+    reply = {"success": True, **facts}
+    if any(warnings):
+        reply["warning"] = "; ".join(filter(None, warnings))
+    return reply
 
 
 def listing(name: str, rows: list[Any]) -> Reply:
@@ -2293,11 +2254,6 @@ def present(**columns: Any) -> dict[str, Any]:
     return {name: value for name, value in columns.items() if value is not None}
 
 
-def with_warnings(reply: Reply, *warnings: Optional[str]) -> Reply:
-    said = "; ".join(filter(None, warnings))
-    return {**reply, "warning": said} if said else reply
-
-
 def quota(tx: Transaction, agent: Optional[str], column: str, table: str, owner: str) -> None:
     """Refuse when a registered agent has as many as it allowed itself."""
     row = agent_alive(tx, agent, tx.now.awake)
@@ -2306,6 +2262,14 @@ def quota(tx: Transaction, agent: Optional[str], column: str, table: str, owner:
     if most is not None and current >= most:
         raise PortDaddyError("LIMIT", f"agent {agent} has {current} {table.lower()}, and registered with at most {most}; "
                              "release one, or register again with a higher limit", current=current, max=most)
+
+
+def need(db: Sql, table: str, id: str, words: str) -> Any:
+    """The row of that id, or NOT_FOUND."""
+    row = db.row(f"SELECT * FROM {table} WHERE id = ?", id)
+    if not row:
+        raise PortDaddyError("NOT_FOUND", words.format(id), id=id)
+    return row
 
 
 # --- services ---------------------------------------------------------------------------------------------------------
@@ -2324,16 +2288,11 @@ def health_view(row: Any) -> Reply:
             "checkedAt": row["checked"], "error": row["error"]}
 
 
-def need_service(db: Union[Store, Transaction], identity: str) -> Any:
-    row = service_row(db, identity)
-    if not row:
-        raise PortDaddyError("NOT_FOUND", f"there is no service {identity}; claim it first, or see `pd find`",
-                             id=identity)
-    return row
+def need_service(db: Sql, identity: str) -> Any:
+    return need(db, "SERVICES", identity, "there is no service {}; claim it first, or see `pd find`")
 
 
-def candidate_ports(daemon: Daemon, tx: Transaction, identity: str,
-                    limits: Optional[tuple[int, int]]) -> Iterator[int]:
+def candidate_ports(daemon: Daemon, tx: Transaction, identity: str, limits: Optional[tuple[int, int]]) -> Iterator[int]:
     """The ports to try by ourselves: from a hash of the identity upwards, round the range once."""
     low, high = limits or daemon.settings.range
     size = high - low + 1
@@ -2368,19 +2327,16 @@ def choose_port(daemon: Daemon, tx: Transaction, identity: str, wanted: Optional
     Probed inside the transaction: an assigned port is never probed, since that could make its owner fail, and no other
     claim can assign this one meanwhile."""
     former, warning = tx.value("SELECT port FROM FORMER_PORTS WHERE id = ?", identity), None
-    if wanted is not None:
-        holder = who_has(daemon, tx, identity, wanted, reuse=wanted == former)
+    fits = former and (limits is None or limits[0] <= former <= limits[1])
+    first = wanted or (former if fits else None)
+    if first:
+        holder = who_has(daemon, tx, identity, first, reuse=first == former)
         if holder is None:
-            return wanted, None
-        warning = f"port {wanted} is taken by {holder}"
-        if exact:
+            return first, None
+        warning = f"{'port' if wanted else 'its usual port'} {first} is taken by {holder}"
+        if wanted and exact:
             raise PortDaddyError("PORT_TAKEN", f"{warning}; stop that, or do not insist (exact)", port=wanted,
                                  holder=holder)
-    elif former and (limits is None or limits[0] <= former <= limits[1]):
-        holder = who_has(daemon, tx, identity, former, reuse=True)
-        if holder is None:
-            return former, None
-        warning = f"its usual port {former} is taken by {holder}"
     for port in candidate_ports(daemon, tx, identity, limits):
         if port_free(port):
             return port, warning
@@ -2389,7 +2345,7 @@ def choose_port(daemon: Daemon, tx: Transaction, identity: str, wanted: Optional
                          "(PORT_DADDY_RANGE)", range=[low, high])
 
 
-@operation("POST /claim", command="claim", quiet="port")
+@operation("POST /claim", command="claim", quiet="port", example="PORT=$(pd claim myapp:api:main -q)")
 def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = None, exact: Bool = False,
           range: Optional[PortRange] = None, agent: Optional[AgentId] = None, pid: Optional[Pid] = None,
           cmd: Optional[Line] = None, cwd: Optional[Line] = None, expires: Optional[Lifetime] = None,
@@ -2426,7 +2382,8 @@ def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = Non
                 warning = f"{id} moved from port {known['port']} to {chosen}" + (f"; {warning}" if warning else "")
                 columns.update(place, endpoints=to_json({**json.loads(known["endpoints"]), **local}))
             else:
-                service_insert(tx, id, endpoints=to_json(local), **place, **columns)
+                insert(tx, "SERVICES", id=id, created=tx.now.wall, seen=tx.now.wall, endpoints=to_json(local), **place,
+                       **columns)
         changed = {name: value for name, value in columns.items() if known and known[name] != value}
         if known and known["claimer"] is None or known and not process_lives(known["claimer"], None):
             changed = {**changed, **present(claimer=asker.pid)}  # the one who claimed first stays, while it lives
@@ -2440,10 +2397,9 @@ def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = Non
             tx.ring("checker", f"service:{id}")
         row = need_service(tx, id)
     kept = known is not None and chosen == known["port"]
-    return with_warnings(ok(
-        id=id, port=chosen, status=row["status"], existing=known is not None, preferred=port in (None, chosen),
-        endpoints=json.loads(row["endpoints"]), message=f"{id} {'still has' if kept else 'has'} port {chosen}",
-    ), warning, unseen)
+    return ok(warning, unseen, id=id, port=chosen, status=row["status"], existing=known is not None,
+              preferred=port in (None, chosen), endpoints=json.loads(row["endpoints"]),
+              message=f"{id} {'still has' if kept else 'has'} port {chosen}")
 
 
 def refuse_stranger(daemon: Daemon, identity: str, move: bool) -> bool:
@@ -2464,7 +2420,7 @@ def refuse_stranger(daemon: Daemon, identity: str, move: bool) -> bool:
     return True
 
 
-@operation("DELETE /release", "POST /release", command="release [id]", quiet="released")
+@operation("DELETE /release", "POST /release", command="release [id]", quiet="released", example="pd release 'myapp:*'")
 def release(daemon: Daemon, asker: Asker, id: Optional[ServicePattern] = None, force: Bool = False,
             expired: Bool = False) -> Reply:
     """Release a service, those that a pattern covers, or those whose time is over; they keep a claim to their ports."""
@@ -2475,10 +2431,8 @@ def release(daemon: Daemon, asker: Asker, id: Optional[ServicePattern] = None, f
         raise PortDaddyError("BAD_VALUE", f"{id} would release every service; add force if that is meant",
                              field="force")
     with daemon.write() as tx:
-        if expired:
-            rows = tx.rows("SELECT * FROM SERVICES WHERE expires <= ?", tx.now.awake)
-        else:
-            rows = tx.rows("SELECT * FROM SERVICES WHERE id GLOB ? ORDER BY id", id)
+        which, value = ("expires <= ?", tx.now.awake) if expired else ("id GLOB ? ORDER BY id", id)
+        rows = tx.rows(f"SELECT * FROM SERVICES WHERE {which}", value)
         ports = service_delete(tx, rows, asker.who(None))
     return ok(released=len(ports), releasedPorts=ports,
               message=f"released {len(ports)} service{'s' * (len(ports) != 1)}" if ports else
@@ -2492,7 +2446,7 @@ def remove_service(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
 
 
 @operation("GET /services", command="find [pattern]", aliases="ps services",
-           shows="services: id port status pid agentId endpoints.local", quiet="id")
+           shows="services: id port status pid agentId endpoints.local", quiet="id", example="pd find 'myapp:*'")
 def list_services(daemon: Daemon, asker: Asker, pattern: ServicePattern = "*", status: Optional[Status] = None,
                   port: Optional[Port] = None, expired: Optional[Bool] = None, limit: Optional[Rows] = None) -> Reply:
     """List the services that a pattern covers."""
@@ -2514,8 +2468,7 @@ def list_health(daemon: Daemon, asker: Asker) -> Reply:
 def service_health(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
     """Whether a service is well: the last check, or a new one when that is older than five seconds."""
     row = need_service(daemon.store, id)
-    if not daemon.supervised(row) and not (
-            0 <= daemon.clock.now().wall - (row["checked"] or 0) < HEALTH_EVERY):
+    if not daemon.supervised(row) and not 0 <= daemon.clock.now().wall - (row["checked"] or 0) < HEALTH_EVERY:
         daemon.observe()
         daemon.check_health(row)
         row = need_service(daemon.store, id)
@@ -2546,10 +2499,11 @@ def update_service(daemon: Daemon, asker: Asker, id: Identity, status: Optional[
     checked = checked_by or latency is not None or error is not None
     if checked and status in (None, "running", "detached", "unhealthy"):
         daemon.report_health(id, error is None and status != "unhealthy", latency, error, checked_by)
-    return with_warnings(get_service(daemon, asker, id), warning)
+    return ok(warning, **get_service(daemon, asker, id))
 
 
-@operation("PUT /services/{id}/endpoints/{env}", command="endpoint set", quiet="url")
+@operation("PUT /services/{id}/endpoints/{env}", command="endpoint set", quiet="url",
+           example="pd endpoint set myapp:api:main staging https://api.example.com")
 def set_endpoint(daemon: Daemon, asker: Asker, id: Identity, env: EndpointName, url: EndpointUrl) -> Reply:
     """Say at which URL a service is found in an environment, such as local or staging."""
     with daemon.write() as tx:
@@ -2560,7 +2514,8 @@ def set_endpoint(daemon: Daemon, asker: Asker, id: Identity, env: EndpointName, 
     return ok(id=id, url=url, endpoints=endpoints, message=f"{id} is at {url} in {env}")
 
 
-@operation("DELETE /services/{id}/endpoints/{env}", command="endpoint rm", quiet="removed")
+@operation("DELETE /services/{id}/endpoints/{env}", command="endpoint rm", quiet="removed",
+           example="pd endpoint rm myapp:api:main staging")
 def remove_endpoint(daemon: Daemon, asker: Asker, id: Identity, env: EndpointName) -> Reply:
     """Forget the URL of a service in an environment."""
     with daemon.write() as tx:
@@ -2579,14 +2534,11 @@ def missing_services(daemon: Daemon, identities: Sequence[str]) -> list[str]:
     return [identity for identity in identities if identity not in well]
 
 
-@operation("POST /wait", command="wait", quiet="healthy")
+@operation("POST /wait", command="wait", quiet="healthy", example="pd wait myapp:db:main myapp:api:main --timeout 30s")
 def wait_for_services(daemon: Daemon, asker: Asker, services: IdentityList, timeout: WaitTime = 60_000) -> Reply:
     """Wait until services run and, where they have a health check, have passed it."""
-    def all_well() -> Optional[bool]:
-        return True if not missing_services(daemon, services) else None
-
     topics = [f"service:{identity}" for identity in dict.fromkeys(services)]
-    if not daemon.wait(asker, all_well, timeout, topics, rings="checker"):
+    if not daemon.wait(asker, lambda: not missing_services(daemon, services) or None, timeout, topics, rings="checker"):
         waiting = missing_services(daemon, services)
         rows = {identity: service_row(daemon.store, identity) for identity in waiting}
         states = [f"{identity} ({row['status'] if row else 'never claimed'})" for identity, row in rows.items()]
@@ -2611,8 +2563,8 @@ def line_view(row: Any) -> Reply:
 def add_logs(daemon: Daemon, asker: Asker, id: Identity, lines: LogLines) -> Reply:
     """Send in what a service printed; its last 1,000 lines are kept."""
     with daemon.write() as tx:
-        added = line_append(tx, id, lines)
-    return ok(added=added)
+        line_append(tx, id, lines)
+    return ok(added=len(lines))
 
 
 @operation("GET /services/{id}/logs")
@@ -2633,11 +2585,12 @@ def get_logs(daemon: Daemon, asker: Asker, id: Identity, tail: Tail = 100, after
         cursor = found[-1]["id"] if found else cursor
         return [sse("message", line_view(row), row["id"]) for row in found]
 
-    opening = sse("connected", {"lastId": cursor}) + b"".join(sse("message", line_view(row), row["id"]) for row in rows)
-    return Stream(follow_topics(daemon, asker, [f"lines:{id}"], opening, read))
+    opening = b"".join([sse("connected", {"lastId": cursor}), *(sse("message", line_view(row), row["id"]) for row in rows)])
+    return follow_topics(daemon, asker, [f"lines:{id}"], opening, read)
 
 
-@operation("GET /ports/system", command="ports", shows="ports: port pid service command", quiet="port")
+@operation("GET /ports/system", command="ports", shows="ports: port pid service command", quiet="port",
+           example="pd ports --unmanaged-only")
 def list_system_ports(daemon: Daemon, asker: Asker, range_only: Bool = False, unmanaged_only: Bool = False) -> Reply:
     """List the ports of this machine on which something listens, and whose they are."""
     low, high = daemon.settings.range
@@ -2680,7 +2633,7 @@ def loss(daemon: Daemon, pattern: str, after: int) -> Reply:
     return {"gap": {"from": after, "to": dropped}} if dropped > after else {}
 
 
-@operation("POST /msg/{channel}", command="pub", quiet="id")
+@operation("POST /msg/{channel}", command="pub", quiet="id", example="pd pub tasks '{\"action\": \"build\"}'")
 def publish(daemon: Daemon, asker: Asker, channel: ChannelName, payload: Payload, sender: Optional[AgentId] = None,
             expires: Optional[Lifetime] = None) -> Reply:
     """Publish a message: to one worker of each group, to everybody who follows, and to the log of the channel."""
@@ -2694,11 +2647,10 @@ def get_messages(daemon: Daemon, asker: Asker, channel: ChannelName, limit: Coun
                  after: Optional[Cursor] = None) -> Reply:
     """Read messages without consuming them: those after an id, or the newest; oldest first."""
     daemon.sweep_messages()
-    known = after is None or after <= daemon.store.ids.value
     if after is None:
-        rows = message_newest(daemon.store, channel, limit)
+        rows = daemon.store.rows("SELECT * FROM MESSAGES WHERE channel = ? ORDER BY id DESC LIMIT ?", channel, limit)[::-1]
     else:
-        rows = message_list(daemon.store, channel, after if known else 0, limit)
+        rows = message_list(daemon.store, channel, after if after <= daemon.store.ids.value else 0, limit)
     lost = {} if after is None else loss(daemon, channel, after)  # after the rows: what went meanwhile is announced
     last = rows[-1]["id"] if rows else 0 if "reset" in lost else after
     if last is None:
@@ -2706,7 +2658,7 @@ def get_messages(daemon: Daemon, asker: Asker, channel: ChannelName, limit: Coun
     return {**listing("messages", [message_view(row) for row in rows]), "lastId": last, **lost}
 
 
-@operation("GET /msg/{channel}/poll", command="poll", quiet="message.payload")
+@operation("GET /msg/{channel}/poll", command="poll", quiet="message.payload", example="pd poll tasks --timeout 30s")
 def poll(daemon: Daemon, asker: Asker, channel: ChannelPattern, timeout: PollTime = 30_000, after: Optional[Cursor] = None,
          group: Optional[GroupName] = None) -> Reply:
     """Wait for the next message: as one worker of a group, or, with after, as a reader with a cursor of its own."""
@@ -2717,8 +2669,7 @@ def poll(daemon: Daemon, asker: Asker, channel: ChannelPattern, timeout: PollTim
         return poll_after(daemon, asker, channel, timeout, after)
     if "*" in channel:
         raise PortDaddyError("BAD_VALUE", "a worker polls one channel by name; a pattern can be followed (pd sub), or "
-                             "polled with after",
-                             field="channel")
+                             "polled with after", field="channel")
     team = group or "default"
 
     def take() -> Optional[Any]:
@@ -2748,8 +2699,7 @@ def poll_after(daemon: Daemon, asker: Asker, pattern: str, timeout: int, after: 
 
     def next_after() -> Optional[Any]:
         daemon.sweep_messages()
-        found = message_list(daemon.store, pattern, start, 1)
-        return found[0] if found else None
+        return next(iter(message_list(daemon.store, pattern, start, 1)), None)
 
     topic = "channel:*" if "*" in pattern else f"channel:{pattern}"
     message = daemon.wait(asker, next_after, 0 if lost else timeout, [topic])  # who has lost something is told at once
@@ -2765,27 +2715,34 @@ def sse(event: str, data: Any, number: Optional[int] = None) -> bytes:
 
 
 def follow_topics(daemon: Daemon, asker: Asker, topics: Sequence[str], opening: bytes,
-                  read: Callable[[], list[bytes]]) -> Iterator[bytes]:
+                  read: Callable[[], list[bytes]]) -> Stream:
     """The life of a stream: the opening, what there is to read after each ring, a comment when nothing happens."""
-    yield b"retry: 1000\n" + opening
-    while True:
-        parts = daemon.wait(asker, lambda: read() or None, 15_000, topics)
-        if parts is None and not asker.connected():
-            return
-        yield b"".join(parts) if parts else b": nothing new\n\n"
+    present = daemon.bell.join([f"reader:{topic}" for topic in topics])  # to be counted, while it sends too
+    try:
+        yield b"retry: 1000\n" + opening
+        while True:
+            parts = daemon.wait(asker, lambda: read() or None, 15_000, topics)
+            if parts is None and not asker.connected():
+                return
+            yield b"".join(parts) if parts else b": nothing new\n\n"
+    finally:
+        daemon.bell.leave(present)
+
+
+def begin_stream(daemon: Daemon, asker: Asker, after: Optional[int], forgotten: int = 0, **facts: Any) -> tuple[int, bytes]:
+    """Where a reader begins, behind `after`, else behind the last event that it has seen, else now; and its opening."""
+    current, start = daemon.store.ids.value, after if after is not None else asker.after
+    cursor, opening = current if start is None else start, sse("connected", {**facts, "lastId": current})
+    if cursor > current:
+        return 0, opening + sse("reset", {"from": cursor, "to": current})
+    return cursor, opening + (sse("gap", {"from": cursor, "to": forgotten}) if cursor < forgotten else b"")
 
 
 @operation("GET /msg/{channel}/subscribe")
 def subscribe(daemon: Daemon, asker: Asker, channel: ChannelPattern, after: Optional[Cursor] = None) -> Stream:
     """Follow a channel, or all that a pattern covers, as Server-Sent Events; Last-Event-ID resumes exactly."""
-    current = daemon.store.ids.value
-    start = after if after is not None else asker.after
-    cursor = current if start is None else start
+    cursor, opening = begin_stream(daemon, asker, after, channel=channel)
     told = 0  # the highest dropped id that this reader has been told of
-    opening = sse("connected", {"channel": channel, "lastId": current})
-    if cursor > current:
-        opening += sse("reset", {"from": cursor, "to": current})
-        cursor = 0
 
     def read() -> list[bytes]:
         nonlocal cursor, told
@@ -2803,10 +2760,10 @@ def subscribe(daemon: Daemon, asker: Asker, channel: ChannelPattern, after: Opti
         return parts
 
     topic = "channel:*" if "*" in channel else f"channel:{channel}"
-    return Stream(follow_topics(daemon, asker, [topic], opening, read))
+    return follow_topics(daemon, asker, [topic], opening, read)
 
 
-@operation("DELETE /msg/{channel}", command="clear", quiet="deleted")
+@operation("DELETE /msg/{channel}", command="clear", quiet="deleted", example="pd clear tasks")
 def clear_channel(daemon: Daemon, asker: Asker, channel: ChannelName) -> Reply:
     """Delete the messages of a channel; its readers are told that there was a gap."""
     with daemon.write() as tx:
@@ -2823,16 +2780,17 @@ def list_channels(daemon: Daemon, asker: Asker) -> Reply:
                              "MESSAGES.id = last ORDER BY name")
     return listing("channels", [
         {"channel": row["name"], "count": row["count"], "lastId": row["last"], "lastMessage": row["created"],
-         "subscribers": daemon.bell.waiting(f"channel:{row['name']}")} for row in rows])
+         "subscribers": daemon.bell.waiting(f"reader:channel:{row['name']}")} for row in rows])
 
 
 # --- locks ------------------------------------------------------------------------------------------------------------
 
-def lock_view(daemon: Daemon, row: Any, now: Now) -> Reply:
-    holder = {"owner": row["owner"], "token": row["token"], "pid": row["pid"], "acquiredAt": row["acquired"],
-              "expiresAt": wall(now, row["expires"])}
-    return {"name": row["name"], "held": True, **holder, "waiting": daemon.bell.waiting(f"lock:{row['name']}"),
-            "metadata": from_json(row["metadata"]), "holders": [holder]}
+def lock_view(daemon: Daemon, name: str, row: Optional[Any], now: Now) -> Reply:
+    facts = row or dict.fromkeys(("owner", "token", "pid", "acquired", "expires", "metadata"))
+    holder = {"owner": facts["owner"], "token": facts["token"], "pid": facts["pid"], "acquiredAt": facts["acquired"],
+              "expiresAt": wall(now, facts["expires"])}
+    return {"name": name, "held": row is not None, **holder, "waiting": daemon.bell.waiting(f"lock:{name}"),
+            "metadata": from_json(facts["metadata"]), "holders": [holder] if row else []}
 
 
 def lock_held(daemon: Daemon, name: str, waited: int) -> PortDaddyError:
@@ -2849,7 +2807,8 @@ def lock_held(daemon: Daemon, name: str, waited: int) -> PortDaddyError:
         waiting=waiting, retryAfter=left, waited=waited)
 
 
-@operation("POST /locks/{name...}", command="lock", quiet="token")
+@operation("POST /locks/{name...}", command="lock", quiet="token",
+           example="TOKEN=$(pd lock db-migration --owner me --ttl 2m -q)")
 def lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] = None, ttl: Duration = 300_000,
          wait: LockWait = 0, pid: Optional[Pid] = None, metadata: Optional[Metadata] = None) -> Reply:
     """Take a lock, or wait for it in line: one holder, a lease that ends, a fencing token that only grows."""
@@ -2877,8 +2836,8 @@ def lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] 
         raise lock_held(daemon, name, waited if wait else 0)
     asker.undo = give_back
     token, now = grant
-    return with_warnings(ok(name=name, owner=owner, token=token, acquiredAt=now.wall, expiresAt=now.wall + ttl,
-                            waited=waited, message=f"{owner or 'somebody'} holds {name} for {span(ttl)}"), warning)
+    return ok(warning, name=name, owner=owner, token=token, acquiredAt=now.wall, expiresAt=now.wall + ttl,
+              waited=waited, message=f"{owner or 'somebody'} holds {name} for {span(ttl)}")
 
 
 def own_lock(tx: Transaction, asker: Asker, name: str, owner: Optional[str], token: Optional[int]) -> Optional[Any]:
@@ -2889,27 +2848,29 @@ def own_lock(tx: Transaction, asker: Asker, name: str, owner: Optional[str], tok
                        f"{' and the lock is held by ' + str(row['owner']) if row else ''}; stop, and take it again",
                        holder=row and row["owner"])
     if row and token is None and row["owner"] not in (None, asker.who(owner)):
-        raise PortDaddyError("NOT_OWNER", f"lock {name} is held by {row['owner']}; release "
-                             "it as that owner, with its token, or by force",
-                             holder=row["owner"])
+        raise PortDaddyError("NOT_OWNER", f"lock {name} is held by {row['owner']}; release it as that owner, with its "
+                             "token, or by force", holder=row["owner"])
     return row
 
 
-@operation("PUT /locks/{name...}", command="extend", quiet="expiresAt")
+@operation("PUT /locks/{name...}", command="extend", quiet="expiresAt",
+           example="pd extend db-migration --token $TOKEN --ttl 2m")
 def extend_lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] = None,
                 token: Optional[Fence] = None, ttl: Duration = 300_000) -> Reply:
     """Give the holder more time from now on, or fail with LOCK_LOST when the lock has moved on."""
     with daemon.write() as tx:
         row = own_lock(tx, asker, name, owner, token)
-        if not row or not lock_extend(tx, name, row["token"], ttl):
+        if not row:
             raise LockLost("LOCK_LOST", f"nobody holds lock {name}; if you did, its lease has ended: stop, and take it "
                            "again", holder=None)
+        tx.run("UPDATE LOCKS SET expires = ?, ttl = ? WHERE name = ?", tx.lasts(ttl), ttl, name)
         expires = tx.now.wall + ttl
     return ok(name=name, owner=row["owner"], token=row["token"], expiresAt=expires,
               message=f"{name} is held for {span(ttl)} more")
 
 
-@operation("DELETE /locks/{name...}", command="unlock", quiet="released")
+@operation("DELETE /locks/{name...}", command="unlock", quiet="released",
+           example="pd unlock db-migration --token $TOKEN")
 def unlock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] = None,
            token: Optional[Fence] = None, force: Bool = False) -> Reply:
     """Release a lock to the first of those who wait for it."""
@@ -2919,14 +2880,11 @@ def unlock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId
     return ok(name=name, released=released, message=f"released {name}" if released else f"nobody held {name}")
 
 
-@operation("GET /locks/{name...}", command="check", quiet="valid|held")
+@operation("GET /locks/{name...}", command="check", quiet="valid|held", example="pd check db-migration")
 def check_lock(daemon: Daemon, asker: Asker, name: LockName, token: Optional[Fence] = None) -> Reply:
     """Who holds a lock, and, given a token, whether that is still a current one."""
     now = daemon.clock.now()
-    row = lock_row(daemon.store, name, now.awake)
-    free = {"name": name, "held": False, "owner": None, "token": None, "pid": None, "acquiredAt": None,
-            "expiresAt": None, "waiting": daemon.bell.waiting(f"lock:{name}"), "metadata": None, "holders": []}
-    reply = ok(**(lock_view(daemon, row, now) if row else free))
+    reply = ok(**lock_view(daemon, name, lock_row(daemon.store, name, now.awake), now))
     if token is not None:
         reply["valid"] = reply["token"] == token
     return reply
@@ -2938,7 +2896,7 @@ def list_locks(daemon: Daemon, asker: Asker, owner: Optional[AgentId] = None, pa
     now = daemon.clock.now()
     rows = daemon.store.rows("SELECT * FROM LOCKS WHERE expires > ? AND name GLOB ? AND (? IS NULL OR owner = ?) "
                              "ORDER BY name", now.awake, pattern, owner, owner)
-    return listing("locks", [lock_view(daemon, row, now) for row in rows])
+    return listing("locks", [lock_view(daemon, row["name"], row, now) for row in rows])
 
 
 # --- agents -----------------------------------------------------------------------------------------------------------
@@ -2954,7 +2912,8 @@ def agent_view(daemon: Daemon, row: Any, now: Now) -> Reply:
             "metadata": from_json(row["metadata"])}
 
 
-@operation("POST /agents", command="agent register [id]", quiet="agentId")
+@operation("POST /agents", command="agent register [id]", quiet="agentId",
+           example="pd agent register builder-1 --ttl 10m")
 def register(daemon: Daemon, asker: Asker, id: Optional[AgentId] = None, name: Optional[Word] = None,
              type: Optional[Word] = None, pid: Optional[Pid] = None, ttl: Optional[Duration] = None,
              metadata: Optional[Metadata] = None, max_services: Optional[Quota] = None,
@@ -2973,12 +2932,13 @@ def register(daemon: Daemon, asker: Asker, id: Optional[AgentId] = None, name: O
             tx.emit("agent.register", agent, agent, agentId=agent, name=row["name"], type=row["type"])
         if bound:
             tx.ring("keeper")
-    return with_warnings(ok(agentId=agent, registered=True, ttl=lifetime, message=(
+    return ok(warning, agentId=agent, registered=True, ttl=lifetime, message=(
         f"{agent} is registered and lives for {span(lifetime)} after each heartbeat"
-        f"{f', and as long as process {pid}' if bound and not warning else ''}")), warning)
+        f"{f', and as long as process {pid}' if bound and not warning else ''}"))
 
 
-@operation("POST /agents/{id}/heartbeat", command="agent heartbeat", quiet="lastHeartbeat")
+@operation("POST /agents/{id}/heartbeat", command="agent heartbeat", quiet="lastHeartbeat",
+           example="pd agent heartbeat builder-1")
 def heartbeat(daemon: Daemon, asker: Asker, id: AgentId) -> Reply:
     """Say that an agent is alive; one that is unknown or dead is registered."""
     with daemon.write() as tx:
@@ -2991,7 +2951,8 @@ def heartbeat(daemon: Daemon, asker: Asker, id: AgentId) -> Reply:
     return ok(agentId=id, lastHeartbeat=beat, message=f"{id} is alive")
 
 
-@operation("DELETE /agents/{id}", command="agent unregister", quiet="unregistered")
+@operation("DELETE /agents/{id}", command="agent unregister", quiet="unregistered",
+           example="pd agent unregister builder-1")
 def unregister(daemon: Daemon, asker: Asker, id: AgentId) -> Reply:
     """Forget an agent that ends well; what it holds stays held until it is released or its time is over."""
     with daemon.write() as tx:
@@ -3001,17 +2962,15 @@ def unregister(daemon: Daemon, asker: Asker, id: AgentId) -> Reply:
     return ok(agentId=id, unregistered=gone, message=f"{id} is {'unregistered' if gone else 'not registered'}")
 
 
-@operation("GET /agents/{id}", command="agent show", quiet="agent.isActive")
+@operation("GET /agents/{id}", command="agent show", quiet="agent.isActive", example="pd agent show builder-1")
 def get_agent(daemon: Daemon, asker: Asker, id: AgentId) -> Reply:
     """One agent, with the services and locks it holds."""
-    row = daemon.store.row("SELECT * FROM AGENTS WHERE id = ?", id)
-    if not row:
-        raise PortDaddyError("NOT_FOUND", f"there is no agent {id}; register it, or see `pd agents`", id=id)
+    row = need(daemon.store, "AGENTS", id, "there is no agent {}; register it, or see `pd agents`")
     return ok(agent=agent_view(daemon, row, daemon.clock.now()))
 
 
 @operation("GET /agents", command="agents", shows="agents: id name type pid isActive lastHeartbeat services locks",
-           quiet="id")
+           quiet="id", example="pd agents --active")
 def list_agents(daemon: Daemon, asker: Asker, active: Bool = False) -> Reply:
     """List the agents, the dead of the last day included."""
     now = daemon.clock.now()
@@ -3029,25 +2988,24 @@ def hook_view(row: Any) -> Reply:
             "metadata": from_json(row["metadata"])}
 
 
-def need_hook(db: Union[Store, Transaction], hook: str) -> Any:
-    row = db.row("SELECT * FROM HOOKS WHERE id = ?", hook)
-    if not row:
-        raise PortDaddyError("NOT_FOUND", f"there is no webhook {hook}; see `pd webhook list`", id=hook)
-    return row
+def need_hook(db: Sql, hook: str) -> Any:
+    return need(db, "HOOKS", hook, "there is no webhook {}; see `pd webhook list`")
 
 
-def mint_secret() -> str:
+def mint(secret: Optional[str]) -> Reply:
+    """The secret that is shown once, in the reply, when we were asked to make one."""
     import base64
-    return "whsec_" + base64.b64encode(os.urandom(24)).decode()
+    return {"secret": "whsec_" + base64.b64encode(os.urandom(24)).decode()} if secret == "auto" else {}
 
 
-@operation("POST /webhooks", command="webhook add", quiet="id")
+@operation("POST /webhooks", command="webhook add", quiet="id",
+           example="pd webhook add http://localhost:8080/hook --events service.claim,lock.* --secret auto")
 def add_webhook(daemon: Daemon, asker: Asker, url: HttpUrl, events: Optional[EventList] = None,
                 secret: Optional[Secret] = None, filter_pattern: Optional[Pattern] = None,
                 metadata: Optional[Metadata] = None) -> Reply:
     """Have events sent to a URL, signed with the secret and retried until they are taken."""
     check_target(url, daemon.port, by_name=False)
-    minted = {"secret": mint_secret()} if secret == "auto" else {}
+    minted = mint(secret)
     hook = "hook_" + os.urandom(6).hex()
     with daemon.write() as tx:
         tx.run("INSERT INTO HOOKS VALUES (?, ?, ?, ?, ?, 1, ?, NULL, 0, 0, ?)", hook, url, to_json(events or ["*"]),
@@ -3086,18 +3044,17 @@ def update_webhook(daemon: Daemon, asker: Asker, id: HookId, url: Optional[HttpU
     """Change a webhook, or switch it off and on again."""
     if url:
         check_target(url, daemon.port, by_name=False)
-    minted = {"secret": mint_secret()} if secret == "auto" else {}
+    minted = mint(secret)
     columns = present(url=url, events=maybe_json(events), secret=minted.get("secret", secret), filter=filter_pattern,
                       active=active, metadata=maybe_json(metadata))
     with daemon.write() as tx:
         need_hook(tx, id)
-        for column, value in columns.items():
-            tx.run(f"UPDATE HOOKS SET {column} = ? WHERE id = ?", value, id)
+        update(tx, "HOOKS", id, **columns)
         tx.ring("courier")
     return {**get_webhook(daemon, asker, id), **minted}
 
 
-@operation("DELETE /webhooks/{id}", command="webhook rm", quiet="removed")
+@operation("DELETE /webhooks/{id}", command="webhook rm", quiet="removed", example="pd webhook rm hook_1f2e3d")
 def remove_webhook(daemon: Daemon, asker: Asker, id: HookId) -> Reply:
     """Remove a webhook and what was still to be sent to it."""
     with daemon.write() as tx:
@@ -3107,7 +3064,7 @@ def remove_webhook(daemon: Daemon, asker: Asker, id: HookId) -> Reply:
     return ok(id=id, removed=True, message=f"removed {id}")
 
 
-@operation("POST /webhooks/{id}/test", command="webhook test", quiet="delivery")
+@operation("POST /webhooks/{id}/test", command="webhook test", quiet="delivery", example="pd webhook test hook_1f2e3d")
 def test_webhook(daemon: Daemon, asker: Asker, id: HookId) -> Reply:
     """Send a webhook.test event to one webhook; its delivery tells how that went."""
     with daemon.write() as tx:
@@ -3122,7 +3079,8 @@ def delivery_id(daemon: Daemon, number: int) -> str:
 
 
 @operation("GET /webhooks/{id}/deliveries", command="webhook deliveries", quiet="id",
-           shows="deliveries: id event status attempts responseStatus durationMs nextAttemptAt error")
+           shows="deliveries: id event status attempts responseStatus durationMs nextAttemptAt error",
+           example="pd webhook deliveries hook_1f2e3d")
 def list_deliveries(daemon: Daemon, asker: Asker, id: HookId, limit: Count = 50) -> Reply:
     """List what was sent to a webhook and what is still to be sent, newest first."""
     now = daemon.clock.now()
@@ -3138,13 +3096,14 @@ def list_deliveries(daemon: Daemon, asker: Asker, id: HookId, limit: Count = 50)
 
 def event_view(row: Any) -> Reply:
     facts = json.loads(row["facts"])
-    words = ", ".join(f"{name} {value if isinstance(value, str) else to_json(value)}" for name, value in facts.items()
+    words = ", ".join(f"{name} {plain(value)}" for name, value in facts.items()
                       if value not in (None, [], row["subject"]))
     return {"id": row["id"], "timestamp": row["at"], "type": row["kind"], "agentId": row["agent"],
             "targetId": row["subject"], "details": words, "metadata": facts}
 
 
-@operation("GET /activity", command="activity", shows="entries: id timestamp type agentId targetId details", quiet="id")
+@operation("GET /activity", command="activity", shows="entries: id timestamp type agentId targetId details", quiet="id",
+           example="pd activity --type 'lock.*'")
 def get_activity(daemon: Daemon, asker: Asker, limit: Count = 100, type: Optional[EventPattern] = None,
                  agent: Optional[AgentId] = None, target: Optional[Pattern] = None, since: Instant = 0,
                  until: Instant = MAX_INTEGER, after: Cursor = 0) -> Reply:
@@ -3156,27 +3115,17 @@ def get_activity(daemon: Daemon, asker: Asker, limit: Count = 100, type: Optiona
 @operation("GET /events")
 def events(daemon: Daemon, asker: Asker, type: Optional[EventPattern] = None, after: Optional[Cursor] = None) -> Stream:
     """Follow what happens as Server-Sent Events; Last-Event-ID resumes exactly."""
-    current = daemon.store.ids.value
-    start = after if after is not None else asker.after
-    cursor = current if start is None else start
-    opening = sse("connected", {"lastId": current})
     forgotten = daemon.store.value("SELECT value FROM META WHERE key = 'forgotten'")
-    if cursor > current:
-        opening += sse("reset", {"from": cursor, "to": current})
-        cursor = 0
-    elif cursor < forgotten:
-        opening += sse("gap", {"from": cursor, "to": forgotten})
+    cursor, opening = begin_stream(daemon, asker, after, forgotten)
 
     def read() -> list[bytes]:
         nonlocal cursor
-        parts = []
-        for row in event_list(daemon.store, type, after=cursor):
-            cursor = row["id"]
-            parts.append(sse(row["kind"], event_view(row), cursor))
-        return parts
+        rows = event_list(daemon.store, type, after=cursor)
+        cursor = rows[-1]["id"] if rows else cursor
+        return [sse(row["kind"], event_view(row), row["id"]) for row in rows]
 
     topics = ["events", "channel:*"] if asks_for_messages(type) else ["events"]
-    return Stream(follow_topics(daemon, asker, topics, opening, read))
+    return follow_topics(daemon, asker, topics, opening, read)
 
 
 @operation("GET /health")
@@ -3246,6 +3195,7 @@ class Worker(threading.Thread):
     """The wrapper: `work` is called again and again, joined to its topic, and returns how many ms it may sleep."""
 
     def __init__(self, daemon: Daemon, topic: str, work: Callable[[], int]) -> None:
+        import traceback  # noqa: F401 - now, since a failure may be one of opening files
         super().__init__(name=topic, daemon=True)
         self.bell, self.topic, self.work = daemon.bell, topic, work
 
@@ -3321,9 +3271,8 @@ class Courier:
 
     def serve(self, hook: str) -> None:
         """Send what is due to one webhook, one after the other, until nothing is."""
-        daemon = self.daemon
-        while not daemon.bell.closed:
-            row = delivery_due(daemon.store, hook, daemon.clock.now().awake)
+        while not self.daemon.bell.closed:
+            row = delivery_due(self.daemon.store, hook, self.daemon.clock.now().awake)
             if not row:
                 break
             self.send(row)
@@ -3406,9 +3355,6 @@ class Watcher:
         if len(self.watched) == 1:
             self.bell.ring("watcher")
 
-    def remove(self, connection: socket.socket) -> None:
-        self.watched.pop(connection, None)
-
     def work(self) -> int:
         for connection, waiter in list(self.watched.items()):
             if not has_peer(connection):
@@ -3429,11 +3375,10 @@ class Watcher:
 IDLE_TIMEOUT, HEAD_TIMEOUT, BODY_TIMEOUT, SEND_TIMEOUT, STOP_TIMEOUT = 15.0, 10.0, 30.0, 10.0, 5.0
 MAX_LINE, MAX_HEAD, MAX_HEADERS = 8 * 1024, 32 * 1024, 100
 METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
-           405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large",
-           414: "URI Too Long", 415: "Unsupported Media Type", 422: "Unprocessable Content", 429: "Too Many Requests",
-           431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-           503: "Service Unavailable", 507: "Insufficient Storage"}
+REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+           408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
+           415: "Unsupported Media Type", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
+           500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 507: "Insufficient Storage"}
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!\"$-~]+) HTTP/1\.([01])\r\n")  # a target without # or blanks
 HEADER_BLOCK = re.compile(rb"(?:" + TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
@@ -3469,16 +3414,14 @@ def parse_head(head: bytes) -> Request:
     found = HEADER.findall(head, line.end())
     for raw_name, raw_value in found:
         name, value = raw_name.decode("ascii").lower(), raw_value.strip(b" \t").decode("latin-1")
-        if name in headers:
-            if name in SINGLE:
-                raise PortDaddyError("BAD_REQUEST", f"the header {name} was sent twice")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
+        if name in headers and name in SINGLE:
+            raise PortDaddyError("BAD_REQUEST", f"the header {name} was sent twice")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if len(found) > MAX_HEADERS or any(len(name) + len(value) > MAX_LINE for name, value in found):
         raise PortDaddyError("HEADERS_TOO_LARGE")
+    if "transfer-encoding" in headers and "content-length" in headers:
+        raise PortDaddyError("BAD_REQUEST", "a request has either Content-Length or Transfer-Encoding, not both")
     if "transfer-encoding" in headers:
-        if "content-length" in headers:
-            raise PortDaddyError("BAD_REQUEST", "a request has either Content-Length or Transfer-Encoding, not both")
         raise PortDaddyError("NOT_IMPLEMENTED", "Transfer-Encoding is not supported; send a Content-Length")
     length = headers.get("content-length", "0")
     if not re.fullmatch(r"[0-9]+", length):
@@ -3540,7 +3483,8 @@ class Router:
                 values.append("/".join(segments[position:]))
                 break
             else:
-                raise PortDaddyError("NOT_FOUND", "there is no such path; the README lists them all")
+                node = {}
+                break
         methods = node.get("")
         if not methods:
             raise PortDaddyError("NOT_FOUND", "there is no such path; the README lists them all")
@@ -3597,18 +3541,17 @@ class HttpAsker(Asker):
     """An asker at the other end of a connection."""
 
     def __init__(self, connection: Connection, headers: Mapping[str, str]) -> None:
+        def said(name: str, kind: Any) -> Any:
+            value = headers.get(name.lower())
+            return Field(name, name, kind_of(kind), False, None).check(value, read=True) if value else None
+
         self.connection = connection
-        agent, pid, after = (headers.get(name) for name in ("x-agent-id", "x-pid", "last-event-id"))
-        for name, value, kind in (("X-Agent-Id", agent, AgentId), ("X-Pid", pid, Pid), ("Last-Event-ID", after, Cursor)):
-            if value:
-                Field(name, name, kind_of(kind), False, None).check(value, read=True)
-        super().__init__(agent or None, int(pid) if pid else None, int(after) if after else None)
+        super().__init__(said("X-Agent-Id", AgentId), said("X-Pid", Pid), said("Last-Event-ID", Cursor))
 
     def connected(self) -> bool:
         return has_peer(self.connection.socket)
 
     def watch(self, waiter: Waiter) -> None:
-        self.connection.watched = True
         self.connection.server.watcher.add(self.connection.socket, waiter)
 
 
@@ -3619,7 +3562,6 @@ class Connection:
         self.server, self.socket = server, connection
         self.buffer = b""
         self.idle_since: Optional[float] = time.monotonic()  # None while a request is read or served
-        self.watched = False
         self.close_after = False
         self.bodiless = False  # the answer to HEAD has no body (RFC 9110, 9.3.2)
         self.streaming = False
@@ -3639,7 +3581,12 @@ class Connection:
                     self.send(500, PortDaddyError("INTERNAL", f"the daemon failed; its log says more under [{number}]",
                                                   id=number).body, "", None)
         finally:
-            self.server.watcher.remove(self.socket)
+            self.end()
+
+    def end(self) -> None:
+        self.server.watcher.watched.pop(self.socket, None)
+        self.server.connections.discard(self)
+        self.socket.close()
 
     def serve_one(self) -> bool:
         """One request and its answer; False when there was none, or when it has been a stream."""
@@ -3658,20 +3605,14 @@ class Connection:
             self.close_after = close or request.version == 0 or self.server.stopping
             asker = HttpAsker(self, request.headers)
             reply = self.run(request, body, asker)
-            if isinstance(reply, Stream):
+            if not isinstance(reply, dict):
                 self.server.daemon.check_crowd()
             status, extra = 200, ""
         except PortDaddyError as problem:
-            status, extra, reply = problem.status, self.extra_headers(problem), problem.body
-        if isinstance(reply, Stream):
-            return self.send_stream(reply)
-        return self.send(status, reply, extra, asker)
-
-    @staticmethod
-    def extra_headers(problem: PortDaddyError) -> str:
-        if problem.code == "METHOD_NOT_ALLOWED":
-            return f"Allow: {', '.join(problem.facts['allow'])}\r\n"
-        return "Retry-After: 1\r\n" if problem.status == 503 else ""
+            status, reply, extra = problem.status, problem.body, "Retry-After: 1\r\n" if problem.status == 503 else ""
+            if problem.code == "METHOD_NOT_ALLOWED":
+                extra = f"Allow: {', '.join(problem.facts['allow'])}\r\n"
+        return self.send(status, reply, extra, asker) if isinstance(reply, dict) else self.send_stream(reply)
 
     def read_head(self) -> Optional[bytes]:
         """The bytes up to the blank line; None when the connection ended, or was idle too long, before a first byte."""
@@ -3738,7 +3679,6 @@ class Connection:
         if not path.startswith("/"):
             raise PortDaddyError("BAD_REQUEST", "the target must be a path that begins with /")
         one, texts = self.server.router.find(method, path)
-        fields: dict[str, Any] = {}
         if method in ("GET", "DELETE"):
             for name, text in parse_query(query).items():
                 if name in texts:
@@ -3748,14 +3688,11 @@ class Connection:
             raise PortDaddyError("UNKNOWN_FIELD", f"{method} takes its fields from the JSON body, not from the query")
         if body and method == "GET":
             raise PortDaddyError("BAD_REQUEST", "GET takes its fields from the query, not from a body")
-        if body:
-            fields = parse_body(request.headers, body)
-        return one.function(self.server.daemon, asker, **one.bind(fields, texts))  # type: ignore[no-any-return]
+        fields = one.bind(parse_body(request.headers, body), texts)
+        return one.function(self.server.daemon, asker, **fields)  # type: ignore[no-any-return]
 
     def send(self, status: int, reply: Any, extra: str, asker: Optional[Asker]) -> bool:
-        if self.watched:
-            self.watched = False
-            self.server.watcher.remove(self.socket)
+        self.server.watcher.watched.pop(self.socket, None)
         try:
             body = to_json(reply).encode()
             if self.close_after:
@@ -3787,13 +3724,11 @@ class Connection:
         self.socket.settimeout(SEND_TIMEOUT)
         self.socket.sendall(f"HTTP/1.1 200 OK\r\n{self.server.signature}Content-Type: text/event-stream\r\n"
                             f"Connection: close\r\n\r\n".encode())
-        try:
-            for part in stream.parts:
+        with contextlib.closing(stream), contextlib.suppress(PortDaddyError):  # we are stopping; the reader comes back
+            for part in stream:
                 for start in range(0, len(part), 65536):  # 10 s for each piece: slow readers are readers
                     self.socket.settimeout(SEND_TIMEOUT)
                     self.socket.sendall(part[start:start + 65536])
-        except PortDaddyError:
-            pass  # we are stopping; the reader comes back and resumes
         return False
 
 
@@ -3873,25 +3808,69 @@ class Server:
                     uptime=tx.now.awake - self.daemon.started.awake)
 
     def admit(self, connection: socket.socket) -> Optional[Connection]:
-        """A connection that may come in, or None when there is no room."""
-        if not self.make_room():
-            return None
+        """A connection that may come in. When all are taken, the longest idle one goes; None when there is none."""
+        if len(self.connections) >= self.settings.max_connections:
+            idle = [(one.idle_since, one) for one in list(self.connections) if one.idle_since is not None]
+            if not idle:
+                return None
+            _, victim = min(idle, key=lambda pair: pair[0])
+            victim.idle_since = None  # nobody's victim a second time
+            with contextlib.suppress(OSError):
+                victim.socket.shutdown(socket.SHUT_RDWR)
         admitted = Connection(self, connection)
         self.connections.add(admitted)
         return admitted
 
-    def make_room(self) -> bool:
-        """Whether one more connection may come in: when all are taken, the longest idle one goes."""
-        if len(self.connections) < self.settings.max_connections:
-            return True
-        idle = [(one.idle_since, one) for one in list(self.connections) if one.idle_since is not None]
-        if not idle:
-            return False
-        _, victim = min(idle, key=lambda pair: pair[0])
-        victim.idle_since = None  # nobody's victim a second time
-        with contextlib.suppress(OSError):
-            victim.socket.shutdown(socket.SHUT_RDWR)
-        return True
+
+def open_door(server: Server, family: int, address: str, port: int) -> Any:
+    from http.server import ThreadingHTTPServer
+
+    class Door(ThreadingHTTPServer):
+        """The standard library's threading server, with our own connections, and a stop that does not wait."""
+
+        address_family, request_queue_size, block_on_close, closed = family, 1024, False, False
+
+        def server_bind(self) -> None:
+            if family == socket.AF_INET6:
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.bind((address, port))  # without HTTPServer's look-up of our own name, which can take seconds
+            self.server_address = self.socket.getsockname()
+
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            while not self.closed:
+                try:
+                    connection, client = self.socket.accept()
+                    admitted = None if self.closed else server.admit(connection)
+                    if admitted:
+                        try:
+                            self.process_request(admitted, client)  # type: ignore[arg-type]
+                        except RuntimeError:
+                            admitted.end()
+                            raise
+                    else:
+                        with contextlib.suppress(OSError):
+                            connection.send(b"" if self.closed else FULL)
+                        connection.close()
+                except (OSError, RuntimeError):  # out of descriptors or threads, or closed: neither stop nor spin
+                    if not self.closed:
+                        time.sleep(0.02)
+
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            request.serve()
+
+        def shutdown_request(self, request: Any) -> None:
+            pass  # it has ended itself
+
+        def close(self) -> None:
+            """Wake the acceptor, which blocks in accept, and let go of the port."""
+            if not self.closed:
+                self.closed = True
+                with contextlib.suppress(DaemonUnreachable):
+                    dial([(family, 0, 0, "", self.server_address)], 1).close()
+                self.server_close()
+
+    return Door((address, port), None)  # type: ignore[arg-type]
 
 
 def open_doors(server: Server) -> list[Any]:
@@ -3922,64 +3901,10 @@ def open_doors(server: Server) -> list[Any]:
     raise PortDaddyError("CANNOT_LISTEN", "no port is free on both 127.0.0.1 and ::1")
 
 
-def open_door(server: Server, family: int, address: str, port: int) -> Any:
-    from http.server import ThreadingHTTPServer
-
-    class Door(ThreadingHTTPServer):
-        """The standard library's threading server, with our own connections, and a stop that does not wait."""
-
-        address_family = family
-        request_queue_size = 1024
-        block_on_close = False
-        closed = False
-
-        def server_bind(self) -> None:
-            if family == socket.AF_INET6:
-                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.bind((address, port))  # without HTTPServer's look-up of our own name, which can take seconds
-            self.server_address = self.socket.getsockname()
-
-        def serve_forever(self, poll_interval: float = 0.5) -> None:
-            while not self.closed:
-                try:
-                    connection, client = self.socket.accept()
-                    admitted = None if self.closed else server.admit(connection)
-                    if admitted:
-                        self.process_request(admitted, client)  # type: ignore[arg-type]
-                    else:
-                        with contextlib.suppress(OSError):
-                            connection.send(b"" if self.closed else FULL)
-                        connection.close()
-                except (OSError, RuntimeError):  # out of descriptors or threads, or closed: neither stop nor spin
-                    if not self.closed:
-                        time.sleep(0.02)
-
-        def finish_request(self, request: Any, client_address: Any) -> None:
-            request.serve()
-
-        def shutdown_request(self, request: Any) -> None:
-            server.connections.discard(request)
-            request.socket.close()
-
-        def close(self) -> None:
-            """Wake the acceptor, which blocks in accept, and let go of the port."""
-            if not self.closed:
-                self.closed = True
-                with contextlib.suppress(DaemonUnreachable):
-                    dial([(family, 0, 0, "", self.server_address)], 1).close()
-                self.server_close()
-
-    return Door((address, port), None)  # type: ignore[arg-type]
-
-
 def read_daemon_file(home: str) -> Optional[Reply]:
     """What the last daemon of a state folder wrote about itself; None when there is nothing, or nonsense."""
-    try:
-        found = json.loads(read_text(os.path.join(home, "daemon.json")))
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("url"), str) else None
+    found = read_object(os.path.join(home, "daemon.json"))
+    return found if isinstance(found.get("url"), str) else None
 
 
 # ======================================================================================================================
@@ -4022,12 +3947,6 @@ class Link:
 
     def close(self) -> None:
         self.socket.close()
-
-    def end(self) -> None:
-        """Close it under a thread that may be reading from it."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.close()
 
     def send(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> None:
         lines = [f"{method} {target} HTTP/1.1", f"Host: {self.host}"]
@@ -4079,6 +3998,16 @@ class Link:
             raise DaemonUnreachable(f"the connection to the daemon at {self.url} broke ({error})") from None
 
 
+class Closing:
+    """Something that the end of a with block closes."""
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()  # type: ignore[attr-defined]
+
+
 SPAN = Period(0, 2 ** 40)
 AGAIN = ("claim", "heartbeat", "wait_for_services")  # POSTs that do the same when they are asked twice
 
@@ -4094,14 +4023,7 @@ def quote(text: str) -> str:
                    "".join(f"%{byte:02X}" for byte in character.encode("utf-8")) for character in text)
 
 
-def wire_value(value: Any) -> str:
-    """A field as it stands in a query."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return value if isinstance(value, str) else to_json(value)
-
-
-class Caller:
+class Caller(Closing):
     """How a client asks: connections kept alive, who is asking, what may be asked again."""
 
     def __init__(self, url: Optional[str] = None, agent_id: Optional[str] = None, pid: Optional[int] = None,
@@ -4137,10 +4059,7 @@ class Caller:
         return Link(url, self.timeout / 1000)
 
     def headers(self) -> dict[str, str]:
-        headers = {"X-Pid": str(self.pid)} if self.pid else {}
-        if self.agent_id:
-            headers["X-Agent-Id"] = self.agent_id
-        return headers
+        return present(**{"X-Pid": str(self.pid) if self.pid else None, "X-Agent-Id": self.agent_id or None})
 
     def ask(self, name: str, given: Mapping[str, Any]) -> Reply:
         """Perform an operation: its fields by their Python names, None for what is left out (but in `payload`)."""
@@ -4152,7 +4071,7 @@ class Caller:
         wait = milliseconds(fields.get("timeout", fields.get("wait", 0)))
         body = to_json(fields).encode("utf-8", "surrogatepass") if method in ("POST", "PUT") else b""
         if fields and not body:
-            path += "?" + "&".join(f"{wire}={quote(wire_value(value))}" for wire, value in fields.items())
+            path += "?" + "&".join(f"{wire}={quote(plain(value))}" for wire, value in fields.items())
         again = name in AGAIN or method in ("GET", "PUT") and (name != "poll" or "after" in fields) or (
             name == "register" and bool(self.agent_id or fields.get("id")))
         return self._exchange(method, path, body, (self.timeout + wait) / 1000, again)
@@ -4195,19 +4114,12 @@ class PortDaddy(Caller):
     none runs. Every method raises PortDaddyError, and DaemonUnreachable when there is no daemon. Durations are
     milliseconds, or text such as "30s"."""
 
-    def __enter__(self) -> PortDaddy:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     # --- services -----------------------------------------------------------------------------------------------------
 
-    def claim(self, id: str, *, port: Optional[int] = None, exact: bool = False,
-              range: Optional[Sequence[int]] = None, agent: Optional[str] = None, pid: Optional[int] = None,
-              cmd: Optional[str] = None, cwd: Optional[str] = None, expires: Optional[Span] = None,
-              pair: Optional[str] = None, health: Optional[str] = None, move: bool = False,
-              metadata: Optional[Facts] = None) -> Reply:
+    def claim(self, id: str, *, port: Optional[int] = None, exact: bool = False, range: Optional[Sequence[int]] = None,
+              agent: Optional[str] = None, pid: Optional[int] = None, cmd: Optional[str] = None,
+              cwd: Optional[str] = None, expires: Optional[Span] = None, pair: Optional[str] = None,
+              health: Optional[str] = None, move: bool = False, metadata: Optional[Facts] = None) -> Reply:
         """Claim a port by name. -> {id, port, status, existing, preferred, endpoints, message[, warning]}"""
         return self.ask("claim", locals())
 
@@ -4280,8 +4192,7 @@ class PortDaddy(Caller):
 
     # --- channels -----------------------------------------------------------------------------------------------------
 
-    def publish(self, channel: str, payload: Any, *, sender: Optional[str] = None,
-                expires: Optional[Span] = None) -> Reply:
+    def publish(self, channel: str, payload: Any, *, sender: Optional[str] = None, expires: Optional[Span] = None) -> Reply:
         """-> {id, channel, message}"""
         return self.ask("publish", locals())
 
@@ -4320,8 +4231,7 @@ class PortDaddy(Caller):
         """-> {expiresAt}; LOCK_LOST, NOT_OWNER"""
         return self.ask("extend_lock", locals())
 
-    def unlock(self, name: str, *, owner: Optional[str] = None, token: Optional[int] = None,
-               force: bool = False) -> Reply:
+    def unlock(self, name: str, *, owner: Optional[str] = None, token: Optional[int] = None, force: bool = False) -> Reply:
         """-> {released: bool}; LOCK_LOST, NOT_OWNER"""
         return self.ask("unlock", locals())
 
@@ -4450,10 +4360,9 @@ class PortDaddy(Caller):
 
     def ping(self) -> bool:
         """Whether a daemon answers."""
-        try:
+        with contextlib.suppress(PortDaddyError):
             return bool(self.health()["status"])
-        except PortDaddyError:
-            return False
+        return False
 
 
 class HeldLock:
@@ -4462,9 +4371,7 @@ class HeldLock:
     def __init__(self, pd: PortDaddy, name: str, owner: Optional[str], ttl: Span, wait: Span, pid: Optional[int],
                  on_loss: Optional[Callable[[], None]]) -> None:
         self.pd, self.name, self.owner, self.wait, self.pid, self.on_loss = pd, name, owner, wait, pid, on_loss
-        self.ttl = milliseconds(ttl)
-        self.token = 0
-        self.lost = False
+        self.ttl, self.token, self.lost = milliseconds(ttl), 0, False
         self._over = threading.Event()
 
     def __enter__(self) -> HeldLock:
@@ -4490,8 +4397,7 @@ class HeldLock:
                     self.on_loss()
                 return
 
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._over.set()
         self._thread.join()
         try:
@@ -4507,7 +4413,7 @@ class HeldLock:
                            "it meanwhile", token=self.token)
 
 
-class Heartbeat:
+class Heartbeat(Closing):
     """Heartbeats from a thread, until stop() or the end of a with block; a daemon that is away is tried again."""
 
     def __init__(self, pd: PortDaddy, agent: str, interval: int) -> None:
@@ -4527,14 +4433,10 @@ class Heartbeat:
         self._over.set()
         self._thread.join(self.pd.timeout / 1000)
 
-    def __enter__(self) -> Heartbeat:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
+    close = stop
 
 
-class Subscription:
+class Subscription(Closing):
     """An endless iterator over an event stream. It is connected when it is made, so nothing published after that is
     missed; a broken connection is made again, from the last id on, for up to 30 s at a time."""
 
@@ -4572,7 +4474,9 @@ class Subscription:
     def _drop(self) -> None:
         link, self._link = self._link, None
         if link:
-            link.end()
+            with contextlib.suppress(OSError):
+                link.socket.shutdown(socket.SHUT_RDWR)  # a thread may be reading from it
+            link.close()
 
     def _event(self) -> tuple[str, Optional[int], Any]:
         """The next event of the connection: its name, its id and its data."""
@@ -4612,12 +4516,6 @@ class Subscription:
         self.closed = True
         self._drop()
 
-    def __enter__(self) -> Subscription:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 def find_url(settings: Settings) -> tuple[str, Optional[str]]:
     """Where the daemon of these settings is: what was said, else what it wrote down, with its instance, else the usual
@@ -4639,9 +4537,8 @@ def start_daemon(settings: Settings, timeout: float = 15.0) -> str:
     Any number of commands may do this at once: each connects or tries to start, the lock of the state folder lets one
     daemon live, and the others end with ALREADY_RUNNING while their commands connect to it."""
     environ = {**os.environ, "PORT_DADDY_HOME": settings.home, "PORT_DADDY_RANGE": "{}-{}".format(*settings.range),
-               "PORT_DADDY_PORT": str(settings.port)}
-    if settings.port == 9876:  # not said: then the daemon may take another port when 9876 is another user's
-        del environ["PORT_DADDY_PORT"]
+               # 9876 is not said: then the daemon may take another port when that is another user's
+               "PORT_DADDY_PORT": "" if settings.port == 9876 else str(settings.port)}
     open_home(settings.home)
     log_path = os.path.join(settings.home, "daemon.log")
     deadline, child = time.monotonic() + timeout, None
@@ -4677,6 +4574,7 @@ def start_daemon(settings: Settings, timeout: float = 15.0) -> str:
 
 RC_NAMES = (".portdaddyrc", ".portdaddyrc.json", "portdaddy.config.json")
 RC_ALIASES = {"dev": "cmd", "preferredPort": "port", "health": "healthPath", "depends_on": "needs", "dir": "cwd"}
+REFERENCE = re.compile(r"\$\{(?:([A-Za-z0-9._-]+)\.(?=(?:PORT|URL)\}))?(PORT|(?<=\.)URL)\}")  # ${PORT}, ${api.URL}
 CONDITIONS = ("healthy", "started", "completed")
 PROBE_STARTING, PROBE_RUNNING, SILENT_FOR, CALM_AFTER = 0.25, 5.0, 3.0, 60.0  # seconds
 TAIL, LINE_LIMIT = 20, 64 * 1024
@@ -4703,7 +4601,13 @@ class Needs(Kind):
 
 class HealthRule(Text):
     def parse(self, value: Any) -> str:
-        return "none" if value is False else super().parse(value)
+        rule = "none" if value is False else super().parse(value)
+        if rule.startswith("log:"):
+            try:
+                re.compile(rule[4:].strip())
+            except re.error:
+                raise ValueError from None
+        return rule
 
 
 COMMAND = Text("a command line", r".{1,8192}")
@@ -4756,11 +4660,13 @@ class Project(NamedTuple):
     context: str
     services: dict[str, Service]
     port_range: Optional[tuple[int, int]]
+    kind: str = "dev"  # or run, which has no file
 
     @property
     def lock(self) -> str:
         """The name of its lock, its agent and its channel: one dev at a time for a project and context."""
-        return f"dev:{self.name}:{self.context}".rstrip(":")
+        name = f"{self.kind}:{self.name}:{self.context}".rstrip(":")
+        return name if len(name) <= 100 else f"{name[:91]}:{zlib.crc32(name.encode()):08x}"
 
 
 def slug(text: str) -> str:
@@ -4803,6 +4709,10 @@ def load_project(path: str, context: Optional[str], branch: bool = False) -> Pro
     top = read_json(text)
     if not isinstance(top, dict) or not isinstance(top.get("services"), dict) or not top["services"]:
         raise PortDaddyError("BAD_VALUE", f'{path} must be a JSON object with "services": {{"api": {{"cmd": …}}}}')
+    for field in top:
+        if field not in ("project", "context", "portRange", "services", "$schema") and not field.startswith("_"):
+            raise PortDaddyError("UNKNOWN_FIELD", f"{path} has no field {field!r} at the top; it knows project, context, "
+                                 "portRange and services")
     name = checked("project", IDENTITY, top.get("project", slug(os.path.basename(folder))))
     if context is None:
         context = top.get("context") if not branch else None
@@ -4815,6 +4725,12 @@ def load_project(path: str, context: Optional[str], branch: bool = False) -> Pro
             raise PortDaddyError("BAD_VALUE", f"{path}: services.{service} must be an object")
         identity = checked(f"services.{service}", IDENTITY, ":".join([name, service, *tail]))
         services[service] = load_service(path, service, identity, raw, checked)
+    for one in services.values():
+        for other, what in (pair for text in (one.cmd or "", *one.env.values()) for pair in REFERENCE.findall(text)):
+            there = services.get(other, one if not other else None)
+            if there is None or not there.has_port and (what == "PORT" or not there.remote):
+                raise PortDaddyError("BAD_VALUE", f"{path}: services.{one.name} mentions ${{{other + '.' if other else ''}"
+                                     f"{what}}}, but there is no such service, or it has no port")
     port_range = checked("portRange", kind_of(PortRange), top["portRange"]) if "portRange" in top else None
     return Project(folder, name, context, in_order(services), port_range)
 
@@ -4936,8 +4852,9 @@ class Child:
 class Prober:
     """Asks one started child whether it is well, often while it starts, seldom later, until it has ended."""
 
-    def __init__(self, child: Child, environ: Mapping[str, str], report: Callable[..., None]) -> None:
-        self.child, self.run, self.environ, self.report = child, child.run, environ, report
+    def __init__(self, child: Child, environ: Mapping[str, str], report: Callable[..., None],
+                 check: Callable[[str, Mapping[str, str], str], tuple[int, str]]) -> None:
+        self.child, self.run, self.environ, self.report, self.check = child, child.run, environ, report, check
         self.connect_only = False  # what listens does not speak HTTP: from now on it is only connected to
         self.silent_since: Optional[float] = None
 
@@ -4971,7 +4888,7 @@ class Prober:
         if rule.startswith("log:"):
             raise PortDaddyError("TIMED_OUT", f"no line has matched {rule[4:].strip()}")
         if rule.startswith("cmd:"):
-            status, said = shell_status(rule[4:], self.environ, child.service.cwd, 5.0)
+            status, said = self.check(rule[4:], self.environ, child.service.cwd)
             if status:
                 raise PortDaddyError("INTERNAL", f"the check exited with {status}{': ' + said if said else ''}")
             return None
@@ -4979,7 +4896,11 @@ class Prober:
             raise PortDaddyError("BAD_VALUE", f"{child.service.name} has no port to ask")
         addresses = resolve("localhost", child.port)
         if rule == "tcp" or self.connect_only:
-            dial(addresses, HEALTH_TIMEOUT).close()
+            try:
+                dial(addresses, HEALTH_TIMEOUT).close()
+            except DaemonUnreachable as problem:
+                if not self.connect_only or problem.facts.get("spoke") is None:
+                    raise
             return None
         return self.probe_http(rule, addresses)
 
@@ -5053,7 +4974,7 @@ class Reporter(threading.Thread):
         import collections
         import queue
         super().__init__(name="reporter", daemon=True)
-        self.pd, self.over, self.empty = pd, threading.Event(), queue.Empty
+        self.pd, self.over, self.empty, self.patience = pd, threading.Event(), queue.Empty, 1_000
         self.calls: queue.Queue[Callable[[], Any]] = queue.Queue()
         self._lines: dict[str, Deque[Reply]] = collections.defaultdict(lambda: collections.deque(maxlen=KEEP_LINES))
 
@@ -5068,7 +4989,8 @@ class Reporter(threading.Thread):
         self.join(10)
 
     def run(self) -> None:
-        while not (self.over.is_set() and self.calls.empty()):
+        while not (self.over.is_set() and self.calls.empty() and not any(self._lines.values())) and self.patience > 0:
+            self.patience -= self.over.is_set()  # a daemon that is away is not waited for at the end
             with contextlib.suppress(self.empty, PortDaddyError):
                 self.calls.get(timeout=0.2)()
             with contextlib.suppress(PortDaddyError):
@@ -5076,17 +4998,17 @@ class Reporter(threading.Thread):
 
     def flush(self) -> None:
         for identity, waiting in list(self._lines.items()):
-            while waiting:
-                batch: list[Reply] = []
-                size = 0
-                while waiting and size < MAX_BODY // 16 and len(batch) < KEEP_LINES:  # JSON may make six bytes of one
-                    batch.append(waiting.popleft())
-                    size += len(batch[-1]["text"]) + 64
-                try:
+            batch: list[Reply] = []  # one each time, so that nobody's flood keeps the others waiting
+            size = 0
+            while waiting and size < MAX_BODY // 16 and len(batch) < KEEP_LINES:  # JSON may make six bytes of one
+                batch.append(waiting.popleft())
+                size += len(batch[-1]["text"]) + 64
+            try:
+                if batch:
                     self.pd.add_logs(identity, batch)
-                except DaemonUnreachable:
-                    waiting.extendleft(reversed(batch))
-                    return
+            except DaemonUnreachable:
+                waiting.extendleft(reversed(batch))
+                return
 
 
 # --- what people see --------------------------------------------------------------------------------------------------
@@ -5150,6 +5072,11 @@ class Screen:
     def note(self, text: str) -> None:
         self.write(f"{printable(text)}\n", talk=True)
 
+    def settle(self) -> None:
+        """Leave the block where it is: what comes now comes below it."""
+        self.write("")
+        self.starting, self.block = False, 0
+
     def rows(self) -> list[str]:
         room = os.get_terminal_size().columns if sys.stdout.isatty() else 10_000
         return [row if len(row) <= room + 9 * self.color else row[:room - 1 + 9 * self.color] + "…"
@@ -5159,9 +5086,10 @@ class Screen:
         """Name, state, URL, how long it took, what it waits for."""
         state, needs = child.state, [name for name, condition in child.service.needs.items()
                                      if not self.children[name].holds(condition)]
+        state = "ended" if state == "failed" and child.status == 0 else state
         words = {"waiting": f"waits for {', '.join(needs)}", "starting": f"starting, {span_of(child)}",
                  "healthy": f"healthy after {span_of(child)}"}.get(state, state)
-        if child.error and state in ("starting", "unhealthy", "failed", "restarting"):
+        if child.error and state in ("starting", "unhealthy", "failed", "ended", "restarting"):
             words += f": {printable(child.error)}"
         return f"{self.painted(child.service.name)} │ {(child.url or '-').ljust(22)} {words}"
 
@@ -5177,11 +5105,11 @@ def expand(children: Mapping[str, Child], child: Child, text: str) -> str:
     def value(found: Match[str]) -> str:
         name, what = found.groups()
         other = child if name is None else children.get(name)
-        if other is None or (other.port if what == "PORT" else other.url) is None:
-            raise PortDaddyError("BAD_VALUE", f"{child.service.name}: {found.group()} has no value: there is no such "
-                                 "service, or it has no port")
+        if other is None:
+            raise PortDaddyError("BAD_VALUE", f"{child.service.name}: {found.group()} has no value: {name} is not among "
+                                 "the services that are started")
         return str(other.port if what == "PORT" else other.url)
-    return re.sub(r"\$\{(?:([A-Za-z0-9._-]+)\.(?=(?:PORT|URL)\}))?(PORT|(?<=\.)URL)\}", value, text)
+    return REFERENCE.sub(value, text)
 
 
 def environment(children: Mapping[str, Child], child: Child, daemon_url: str) -> dict[str, str]:
@@ -5197,6 +5125,65 @@ def environment(children: Mapping[str, Child], child: Child, daemon_url: str) ->
     return {**values, **{name: expand(children, child, text) for name, text in child.service.env.items()}}
 
 
+def refuse_other(pd: PortDaddy, identity: str) -> None:
+    """A service that another supervisor runs now is not taken over."""
+    for service in pd.list_services(identity)["services"]:
+        others = [agent for agent in pd.list_agents(active_only=True)["agents"]
+                  if agent["id"] == service["agentId"] != pd.agent_id and agent["type"] == "dev"]
+        if others and service["status"] in ("starting", "running", "unhealthy"):
+            raise PortDaddyError("ALREADY_RUNNING", f"{identity} is run by {others[0]['id']} (pid {others[0]['pid']}) "
+                                 "already", pid=others[0]["pid"])
+
+
+def claim_port(pd: PortDaddy, project: Project, child: Child, note: Callable[[str], None], move: bool = False) -> None:
+    """Get the port of a service that has one. A port that is wanted, and that the command is not told, must be free."""
+    service = child.service
+    refuse_other(pd, service.identity)
+    fixed = service.port is not None and not service.mentions_port
+    try:
+        reply = pd.claim(service.identity, port=None if move else service.port, exact=fixed, move=move,
+                         range=project.port_range, cmd=service.cmd, cwd=service.cwd)
+    except PortDaddyError as problem:
+        if problem.code not in ("PORT_TAKEN", "PORT_HIJACKED"):
+            raise
+        if fixed or move:
+            raise PortDaddyError(problem.code, f"{service.name}: {problem}. Or write ${{PORT}} into its cmd or env: then "
+                                 "any free port will do", **problem.facts) from None
+        claim_port(pd, project, child, note, move=True)
+        return
+    if child.port not in (None, reply["port"]) or service.port not in (None, reply["port"]):
+        note(f"pd: {service.name} gets port {reply['port']}: {reply.get('warning', 'its own was taken')}")
+    child.port = reply["port"]
+
+
+class Checks:
+    """The health checks that are commands: they end with us, however we end."""
+
+    def __init__(self, guardian: Guardian) -> None:
+        self.guardian = guardian
+        self.groups: set[int] = set()  # adding and discarding are atomic
+
+    def run(self, command: str, environ: Mapping[str, str], folder: str) -> tuple[int, str]:
+        return shell_status(command, environ, folder, 5.0, self.began, self.ended)
+
+    def began(self, group: int) -> None:
+        self.groups.add(group)
+        self.guardian.add(group, 9, 0.0)
+
+    def ended(self, group: int) -> None:
+        self.groups.discard(group)
+        self.guardian.remove(group)
+
+    def stop(self) -> None:
+        for group in list(self.groups):
+            group_signal(group, 9)
+
+
+def await_exit(process: subprocess.Popen[bytes], report: Callable[[int], None]) -> None:
+    status = process.wait()
+    report(128 - status if status < 0 else status)
+
+
 def address_in_use(child: Child) -> bool:
     return any(re.search("EADDRINUSE|[Aa]ddress (is )?already in use", line) for line in list(child.tail))
 
@@ -5204,8 +5191,7 @@ def address_in_use(child: Child) -> bool:
 class Supervisor:
     """Brings the children of a project up in order, keeps them up, and takes them down in the reverse order."""
 
-    def __init__(self, project: Project, pd: PortDaddy, keep_going: bool = False, health: bool = True,
-                 plain: bool = False) -> None:
+    def __init__(self, project: Project, pd: PortDaddy, cursor: int, keep_going: bool, health: bool, plain: bool) -> None:
         import queue
         self.project, self.pd, self.keep_going, self.plain = project, pd, keep_going, plain
         services = project.services.values()
@@ -5215,23 +5201,29 @@ class Supervisor:
         self.screen, self.reporter = Screen(self.children, plain), Reporter(pd)
         self.output = Output(self.on_line)
         self.ending, self.exit_status, self.interrupts = False, 0, 0
-        self.asked: dict[str, int] = {}  # who is to be told when a service is up again: message ids
-        self.daemon_url = ""
+        self.asked: dict[str, list[int]] = {}  # who is to be told when a service is up again: message ids
+        self.cursor, self.daemon_url = cursor, ""
 
     def run(self) -> int:
         """Until everything has ended, or something has that may not; the exit status of the whole."""
         import signal
         self.daemon_url = str(self.pd.config()["url"])
-        for child in self.children.values():
-            self.claim(child)
+        try:
+            for child in [child for child in self.children.values() if child.service.has_port]:
+                claim_port(self.pd, self.project, child, self.screen.note)
+        except PortDaddyError:
+            for child in self.children.values():
+                if child.port:
+                    self.pd.release(child.service.identity)
+            raise
         self.guardian = Guardian()
+        self.checks = Checks(self.guardian)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.on_interrupt)
         self.reporter.start()
         self.output.start()
         if not self.plain:
-            cursor = self.pd.get_messages(self.project.lock, limit=1)["lastId"]
-            threading.Thread(target=self.listen, args=(cursor,), name="control", daemon=True).start()
+            threading.Thread(target=self.listen, name="control", daemon=True).start()
         try:
             self.loop()
         finally:
@@ -5247,9 +5239,7 @@ class Supervisor:
             if all(state in ("completed", "failed") for state in states):
                 return
             if self.screen.starting and not {"waiting", "starting", "restarting"} & set(states):
-                self.screen.write("")
-                self.screen.starting = False
-                self.screen.block = 0  # the block stays where it is
+                self.screen.settle()
             try:
                 kind, *facts = self.events.get(timeout=0.1 if self.screen.starting else 0.5)
                 getattr(self, f"on_{kind}")(*facts)
@@ -5261,27 +5251,6 @@ class Supervisor:
                 self.ending, self.exit_status = True, 1
 
     # --- starting -----------------------------------------------------------------------------------------------------
-
-    def claim(self, child: Child, move: bool = False) -> None:
-        """Get the port of a service. One that is wanted, and that the command will not be told, must be free."""
-        service = child.service
-        if not service.has_port:
-            return None
-        fixed = service.port is not None and not service.mentions_port
-        try:
-            reply = self.pd.claim(service.identity, port=None if move else service.port, exact=fixed, move=move,
-                                  range=self.project.port_range, cmd=service.cmd, cwd=service.cwd)
-        except PortDaddyError as problem:
-            if problem.code == "PORT_HIJACKED" and not fixed:
-                return self.claim(child, move=True)
-            if problem.code in ("PORT_TAKEN", "PORT_HIJACKED"):
-                raise PortDaddyError(problem.code, f"{service.name}: {problem}. Or write ${{PORT}} into its cmd or env: "
-                                     "then any free port will do", **problem.facts) from None
-            raise
-        if child.port not in (None, reply["port"]) or service.port not in (None, reply["port"]):
-            self.screen.note(f"pd: {service.name} gets port {reply['port']}: {reply.get('warning', 'its own was taken')}")
-        child.port = reply["port"]
-        return None
 
     def start_ready(self) -> None:
         for child in self.children.values():
@@ -5309,9 +5278,12 @@ class Supervisor:
         self.guardian.add(process.pid, service.stop_signal, service.stop_timeout)
         child_go(process)
         self.output.add(child, process)
-        prober = Prober(child, environ, lambda *facts: self.events.put(facts))
-        for target, words in ((prober.loop, ()), (self.await_exit, (child, child.run, process))):
-            threading.Thread(target=target, args=words, name=f"{target.__name__} {service.name}", daemon=True).start()
+        prober = Prober(child, environ, lambda *facts: self.events.put(facts), self.checks.run)
+        run = child.run
+        ended = functools.partial(await_exit, process, lambda status: self.events.put(("exit", child, run, status)))
+        threads: list[Callable[[], None]] = [prober.loop, ended]
+        for target in threads + [functools.partial(child_feed, process)] * self.plain:
+            threading.Thread(target=target, name=service.name, daemon=True).start()
         self.report(child, "starting")
         self.screen.changed(child)
         return None
@@ -5321,11 +5293,7 @@ class Supervisor:
         if child.service.port is not None and not child.service.mentions_port:
             raise PortDaddyError("PORT_TAKEN", f"port {child.port} is used by {port_holder(child.port or 0)[1]}; stop "
                                  "that, or write ${PORT} into the cmd: then any free port will do")
-        self.claim(child, move=True)
-
-    def await_exit(self, child: Child, run: int, process: subprocess.Popen[bytes]) -> None:
-        status = process.wait()
-        self.events.put(("exit", child, run, 128 - status if status < 0 else status))
+        claim_port(self.pd, self.project, child, self.screen.note, move=True)
 
     # --- what happens -------------------------------------------------------------------------------------------------
 
@@ -5355,8 +5323,7 @@ class Supervisor:
         if error is None:
             child.state, child.ended = "healthy", child.ended or time.monotonic()
             self.report(child, "running", latency=latency)
-            if child.service.name in self.asked:
-                self.answer(self.asked.pop(child.service.name), True, f"{child.service.name} is up again")
+            self.answer(self.asked.pop(child.service.name, []), True, f"{child.service.name} is up again")
         elif before != "starting":
             child.state = "unhealthy"
             self.report(child, "unhealthy", latency=latency, error=error)
@@ -5367,6 +5334,9 @@ class Supervisor:
         if run != child.run or child.state in ("stopped", "failed"):
             return
         child.status, calm = status, time.monotonic() - child.began > CALM_AFTER
+        if child.process and not group_members(child.process.pid):  # an empty group's number may become another's
+            self.guardian.remove(child.process.pid)
+            child.process = None
         service, child.restarts = child.service, 0 if calm else child.restarts
         needed = any(one.service.needs.get(service.name) == "completed" for one in self.children.values())
         if status == 0 and needed:
@@ -5412,28 +5382,28 @@ class Supervisor:
         """The end of one, and of all unless the others are to go on."""
         child.state, child.error, child.ended = "failed", reason, child.ended or time.monotonic()
         self.report(child, "crashed" if status else "stopped", error=reason)
-        if child.service.name in self.asked:
-            self.answer(self.asked.pop(child.service.name), False, f"{child.service.name}: {reason}")
+        self.answer(self.asked.pop(child.service.name, []), False, f"{child.service.name}: {reason}")
         self.exit_status = status or self.exit_status
         self.ending = not self.keep_going
         if not self.plain:
             self.screen.changed(child)
-            last = "".join(f"\n  {log_text(line, False)}" for line in list(child.tail))
-            self.screen.note(f"pd: {child.service.name} failed: {reason}" + (f"; its last lines:{last}" if last else ""))
+            last = "".join(f"\n  {log_text(line, False)}" for line in list(child.tail)) if status else ""
+            self.screen.note(f"pd: {child.service.name} {'failed' if status else 'ended'}: {reason}"
+                             + (f"; its last lines:{last}" if last else ""))
         elif not child.process:
             self.screen.note(f"pd: {reason}")
 
     def report(self, child: Child, status: str, latency: Optional[int] = None, error: Optional[str] = None) -> None:
-        pid = child.process.pid if child.process else None
         if child.service.has_port:
-            self.reporter.tell(lambda: self.pd.update_service(
-                child.service.identity, status=status, pid=pid, latency=latency, error=error,
-                checked_by=self.pd.agent_id))
+            self.reporter.tell(functools.partial(
+                self.pd.update_service, child.service.identity, status=status, latency=latency, error=error,
+                pid=child.process.pid if child.process else None, checked_by=self.pd.agent_id))
 
     # --- requests from other terminals --------------------------------------------------------------------------------
 
-    def listen(self, cursor: int) -> None:
+    def listen(self) -> None:
         """Read the channel of this project, on a thread of its own."""
+        cursor = self.cursor
         while not self.ending:
             try:
                 reply = self.pd.poll(self.project.lock, after=cursor, timeout=20_000)
@@ -5447,26 +5417,28 @@ class Supervisor:
     def on_request(self, number: int, payload: Reply) -> None:
         child = self.children.get(str(payload.get("service")))
         if payload.get("do") == "down":
-            self.answer(number, True, "stopping")
+            self.answer([number], True, "stopping")
             self.ending = True
         elif payload.get("do") == "restart" and child and not child.service.remote:
-            self.asked[child.service.name] = number
+            self.asked.setdefault(child.service.name, []).append(number)
             child.restarts, child.retried = 0, False
             self.stop_groups([child])
             self.start(child)
         elif "do" in payload:
-            self.answer(number, False, f"there is no service {payload.get('service')} to {payload['do']}; there are "
+            self.answer([number], False, f"there is no service {payload.get('service')} to {payload['do']}; there are "
                         f"{', '.join(self.children)}")
 
-    def answer(self, number: int, done: bool, words: str) -> None:
-        self.reporter.tell(lambda: self.pd.publish(self.project.lock, {"answers": number, "done": done, "said": words},
-                                                   expires=60_000))
+    def answer(self, numbers: Sequence[int], done: bool, words: str) -> None:
+        for number in numbers:
+            said = {"answers": number, "done": done, "said": words}
+            self.reporter.tell(functools.partial(self.pd.publish, self.project.lock, said, expires=60_000))
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
     def stop(self, children: list[Child]) -> None:
         """Level by level: nothing is stopped while something runs that needs it."""
-        self.screen.block, self.screen.starting = 0, False
+        self.screen.block, self.screen.starting, self.ending = 0, False, True
+        self.checks.stop()
         while children:
             needed = {need for child in children for need in child.service.needs}
             level = [child for child in children if child.service.name not in needed]
@@ -5507,6 +5479,7 @@ def supervise(project: Project, pd: PortDaddy, keep_going: bool = False, health:
               plain: bool = False) -> int:
     """Be the one supervisor of a project, as an agent that the daemon knows, until it ends."""
     pd.agent_id, pd.timeout = project.lock, 10_000
+    cursor = pd.get_messages(project.lock, limit=1)["lastId"]  # who sees the lock may ask at once, and is heard
     held = pd.with_lock(project.lock, ttl=60_000, wait=1_500, pid=os.getpid())
     try:
         held.__enter__()
@@ -5519,7 +5492,8 @@ def supervise(project: Project, pd: PortDaddy, keep_going: bool = False, health:
     try:
         pd.register(project.lock, type="dev", pid=os.getpid())
         with pd.start_heartbeat(30_000):
-            status = Supervisor(project, pd, keep_going, health, plain).run()
+            pd.autostart = False  # who stops the daemon meanwhile means it
+            status = Supervisor(project, pd, cursor, keep_going, health, plain).run()
         with contextlib.suppress(PortDaddyError):
             pd.unregister()
     finally:
@@ -5552,8 +5526,7 @@ def readme_table() -> str:
 # is in `api`, and that needs what is in `data`. The first that is found counts.
 NODE_FRAMEWORKS: tuple[tuple[str, str, str], ...] = (  # dependency in package.json, arguments, tier
     ("next", "-p ${PORT}", "web"), ("nuxt", "--port ${PORT}", "web"), ("astro", "--port ${PORT}", "web"),
-    ("gatsby", "-p ${PORT}", "web"), ("@angular/cli", "--port ${PORT}", "web"),
-    ("@remix-run/dev", "--port ${PORT}", "web"),
+    ("gatsby", "-p ${PORT}", "web"), ("@angular/cli", "--port ${PORT}", "web"), ("@remix-run/dev", "--port ${PORT}", "web"),
     ("@vue/cli-service", "--port ${PORT}", "web"), ("parcel", "-p ${PORT}", "web"), ("vite", "--port ${PORT}", "web"),
     ("webpack-dev-server", "--port ${PORT}", "web"), ("react-scripts", "", "web"), ("@nestjs/core", "", "api"),
     ("express", "", "api"), ("fastify", "", "api"), ("koa", "", "api"), ("hono", "", "api"), ("@hapi/hapi", "", "api"))
@@ -5608,7 +5581,7 @@ def scan(top: str) -> dict[str, Any]:
 def workspace_folders(top: str) -> list[str]:
     """The folder itself, the workspaces that it declares, and what lies below it or in apps, packages and services."""
     import glob
-    package = read_package(top)
+    package = read_object(os.path.join(top, "package.json"))
     globs = package.get("workspaces") or re.findall(r"(?m)^ *- *['\"]?([^'\"\n]+)",
                                                     read_text(f"{top}/pnpm-workspace.yaml"))
     globs = globs.get("packages", []) if isinstance(globs, dict) else globs
@@ -5618,17 +5591,9 @@ def workspace_folders(top: str) -> list[str]:
     return [".", *sorted(os.path.relpath(path, top) for path in paths if not re.match(left_out, os.path.basename(path)))]
 
 
-def read_package(folder: str) -> dict[str, Any]:
-    try:
-        package = json.loads(read_text(os.path.join(folder, "package.json")))
-    except ValueError:
-        return {}
-    return package if isinstance(package, dict) else {}
-
-
 def scan_node(folder: str, top: str) -> Optional[tuple[str, str]]:
     """Tier and command of a package.json: its dev script, with the port where its framework wants it."""
-    package = read_package(folder)
+    package = read_object(os.path.join(folder, "package.json"))
     scripts = package.get("scripts") or {}
     script = next((name for name in ("dev", "start:dev", "develop", "start", "serve") if name in scripts), None)
     depends = {**(package.get("dependencies") or {}), **(package.get("devDependencies") or {})}
@@ -5643,6 +5608,7 @@ def scan_node(folder: str, top: str) -> Optional[tuple[str, str]]:
 
 def scan_python(folder: str) -> Optional[tuple[str, str]]:
     """Tier and command of a Python web program: what it requires, and the module that holds the application."""
+    import glob
     files = ("requirements.txt", "pyproject.toml", "Pipfile")
     wanted = "\n".join(read_text(os.path.join(folder, name)) for name in files).lower()
     for requirement, sign, template, tier in PYTHON_FRAMEWORKS:
@@ -5650,19 +5616,13 @@ def scan_python(folder: str) -> Optional[tuple[str, str]]:
             continue
         if not sign and os.path.exists(os.path.join(folder, "manage.py")):
             return tier, template
-        for path in sorted(python_files(folder)) if sign else ():
-            app = re.search(f"(?m){sign}", read_text(os.path.join(folder, path)))
+        places = ("*.py", "app/*.py", "src/*.py", "*/main.py", "*/app.py") if sign else ()
+        for path in sorted(path for place in places for path in glob.glob(os.path.join(folder, place))):
+            app = re.search(f"(?m){sign}", read_text(path))
             if app:
-                module = path[:-3].replace("/", ".")
+                module = os.path.relpath(path, folder)[:-3].replace("/", ".")
                 return tier, template.replace("{module}", module).replace("{app}", app.group(1))
     return None
-
-
-def python_files(folder: str) -> list[str]:
-    """The modules of a folder and of the packages directly below it."""
-    import glob
-    return [os.path.relpath(path, folder) for pattern in ("*.py", "app/*.py", "src/*.py", "*/main.py", "*/app.py")
-            for path in glob.glob(os.path.join(folder, pattern))]
 
 
 def scan_files(folder: str) -> Optional[tuple[str, str]]:
@@ -5707,7 +5667,8 @@ def scan_compose(folder: str) -> Iterator[Found]:
 # 2. A command that needs the daemon starts it. Short commands do not say their pid: what they take outlives them.
 # 3. Commands that wrap another (with-lock) give its status, and hold what they hold as long as they live.
 
-Run = Callable[["argparse.Namespace"], int]
+Run = Callable[["argparse.Namespace"], Optional[int]]  # its exit status; None: 0
+Argument = Callable[["argparse.ArgumentParser"], Any]  # adds one or more
 
 
 class Command(NamedTuple):
@@ -5716,36 +5677,23 @@ class Command(NamedTuple):
     words: str
     summary: str
     example: str
-    arguments: Callable[[argparse.ArgumentParser], None]
+    arguments: Sequence[Argument]
     run: Run
 
 
 LOCAL_COMMANDS: dict[str, Command] = {}
-EXAMPLES = {
-    "claim": "PORT=$(pd claim myapp:api:main -q)", "release": "pd release 'myapp:*'", "find": "pd find 'myapp:*'",
-    "endpoint set": "pd endpoint set myapp:api:main staging https://api.example.com",
-    "endpoint rm": "pd endpoint rm myapp:api:main staging", "wait": "pd wait myapp:db:main myapp:api:main --timeout 30s",
-    "ports": "pd ports --unmanaged-only", "cleanup": "pd cleanup", "pub": "pd pub tasks '{\"action\": \"build\"}'",
-    "poll": "pd poll tasks --timeout 30s", "channels": "pd channels", "clear": "pd clear tasks",
-    "lock": "TOKEN=$(pd lock db-migration --owner me --ttl 2m -q)", "unlock": "pd unlock db-migration --token $TOKEN",
-    "extend": "pd extend db-migration --token $TOKEN --ttl 2m", "check": "pd check db-migration", "locks": "pd locks",
-    "agent register": "pd agent register builder-1 --ttl 10m", "agent heartbeat": "pd agent heartbeat builder-1",
-    "agent unregister": "pd agent unregister builder-1", "agent show": "pd agent show builder-1",
-    "agents": "pd agents --active", "activity": "pd activity --type 'lock.*'",
-    "webhook add": "pd webhook add http://localhost:8080/hook --events service.claim,lock.* --secret auto",
-    "webhook list": "pd webhook list", "webhook rm": "pd webhook rm hook_1f2e3d", "webhook test": "pd webhook test "
-    "hook_1f2e3d", "webhook deliveries": "pd webhook deliveries hook_1f2e3d",
-}
 
 
-def command(words: str, example: str = "", arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
-            ) -> Callable[[Run], Run]:
+def command(words: str, example: str, *arguments: Argument) -> Callable[[F], F]:
     """Declare a command that is more than one operation."""
-    def declare(run: Run) -> Run:
-        LOCAL_COMMANDS[words] = Command(words, (run.__doc__ or "").split("\n")[0], example or f"pd {words}",
-                                        arguments, run)
+    def declare(run: F) -> F:
+        LOCAL_COMMANDS[words] = Command(words, (run.__doc__ or "").split("\n")[0], example, arguments, run)
         return run
     return declare
+
+
+def argument(*flags: str, **words: Any) -> Argument:
+    return lambda parser: parser.add_argument(*flags, **words)
 
 
 def commands() -> dict[str, Command]:
@@ -5753,9 +5701,8 @@ def commands() -> dict[str, Command]:
     found = dict(LOCAL_COMMANDS)
     for one in OPERATIONS:
         for words in filter(None, (one.command, *one.aliases)):
-            found[words] = Command(words, one.summary, EXAMPLES.get(one.command, f"pd {words}"),
-                                   lambda parser, one=one: operation_arguments(parser, one),  # type: ignore[misc]
-                                   lambda options, one=one: run_operation(one, options))  # type: ignore[misc]
+            found[words] = Command(words, one.summary, one.example, [functools.partial(operation_arguments, one)],
+                                   functools.partial(run_operation, one))
     for alias, words in (("up", "dev"), ("start", "daemon start"), ("stop", "daemon stop"), ("status", "daemon status")):
         found[alias] = found[words]
     return found
@@ -5783,7 +5730,7 @@ FIELD_WORDS = {  # what a field is for, where its kind does not say
     "since": "not before", "until": "not after"}
 
 
-def operation_arguments(parser: argparse.ArgumentParser, one: Operation) -> None:
+def operation_arguments(one: Operation, parser: argparse.ArgumentParser) -> None:
     """Required fields are positional, the others flags; the kinds check on this side what they would on the other."""
     for field in one.fields.values():
         flag = "--" + field.name.replace("_", "-")
@@ -5823,11 +5770,9 @@ def field_value(field: Field, text: Any) -> Any:
         raise
 
 
-def new_client(options: Optional[argparse.Namespace] = None, pid: int = 0) -> PortDaddy:
+def new_client(options: argparse.Namespace, pid: int = 0) -> PortDaddy:
     client = PortDaddy(pid=pid, autostart=True)
-    home = getattr(options, "home", None)
-    if home:
-        client.settings = Settings.load(home=home)
+    client.settings = Settings.load(home=options.home or None)
     return client
 
 
@@ -5874,11 +5819,10 @@ def show(reply: Reply, options: argparse.Namespace, shows: str, quiet: str) -> N
         show_table(reply[name], columns.split(), name)
     elif isinstance(reply.get("message"), str):
         out(reply["message"])
+    elif reply.get("message"):
+        out(json.dumps(reply["message"], ensure_ascii=False))
     elif "message" in reply:
-        if reply["message"]:
-            out(json.dumps(reply["message"], ensure_ascii=False))
-        else:
-            say("no message came in time")
+        say("no message came in time")
     else:
         facts = reply.get("agent", reply)
         if facts.get("held") is False and "valid" not in facts:
@@ -5898,10 +5842,6 @@ def dig(value: Any, path: str) -> Any:
         name = next((one for one in name.split("|") if isinstance(value, dict) and one in value), name)
         value = value.get(name) if isinstance(value, dict) else None
     return value
-
-
-def plain(value: Any) -> str:
-    return value if isinstance(value, str) else to_json(value)
 
 
 def cell(name: str, value: Any) -> str:
@@ -5951,13 +5891,11 @@ def heading(name: str) -> str:
 
 # --- commands that are more than one operation ------------------------------------------------------------------------
 
-def server_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, variable, default, _, sentence in SETTINGS:
-        if name in ("port", "host"):
-            parser.add_argument(f"--{name}", help=f"{sentence} ({variable}, default {default or 'loopback'})")
+SERVER_ARGUMENTS = [argument(f"--{name}", help=f"{sentence} ({variable}, default {default or 'loopback'})")
+                    for name, variable, default, _, sentence in SETTINGS if name in ("port", "host")]
 
 
-@command("serve", "pd serve --port 0", server_arguments)
+@command("serve", "pd serve --port 0", *SERVER_ARGUMENTS)
 def serve(options: argparse.Namespace) -> int:
     """Run the daemon in the foreground."""
     import signal
@@ -5988,8 +5926,8 @@ def serve(options: argparse.Namespace) -> int:
     return 130 if reasons[0] == signal.SIGINT else 0
 
 
-@command("daemon start", "pd start", server_arguments)
-def daemon_start(options: argparse.Namespace) -> int:
+@command("daemon start", "pd start", *SERVER_ARGUMENTS)
+def daemon_start(options: argparse.Namespace) -> None:
     """Start the daemon in the background, unless it runs."""
     settings = Settings.load(port=options.port, host=options.host, home=options.home)
     running = daemon_facts(settings)
@@ -5999,7 +5937,6 @@ def daemon_start(options: argparse.Namespace) -> int:
     words = "runs already" if running else "started"
     show({**facts, "message": f"port-daddy {facts.get('version')} {words}: {facts.get('url')} (pid {facts.get('pid')})"},
          options, "", "url")
-    return 0
 
 
 def daemon_facts(settings: Settings, own: bool = True) -> Optional[Reply]:
@@ -6015,13 +5952,13 @@ def daemon_facts(settings: Settings, own: bool = True) -> Optional[Reply]:
 
 
 @command("daemon stop", "pd stop")
-def daemon_stop(options: argparse.Namespace) -> int:
+def daemon_stop(options: argparse.Namespace) -> None:
     """Stop the daemon; whoever waits is told, and what was granted stays granted."""
     import signal
     facts = daemon_facts(Settings.load(home=options.home))
     if facts is None:
         say("pd: no daemon runs")
-        return 0
+        return
     pid, birth = int(facts["pid"]), process_birth(int(facts["pid"]))
     if birth is None or not process_signal(pid, signal.SIGTERM):
         raise PortDaddyError("NOT_FOUND", f"the daemon (pid {pid}) is not ours to stop: another user's, or in another "
@@ -6032,20 +5969,19 @@ def daemon_stop(options: argparse.Namespace) -> int:
             raise PortDaddyError("TIMED_OUT", f"the daemon (pid {pid}) has not ended within 10 s; end it with kill -9")
         time.sleep(0.02)
     if options.json and options.command == "daemon restart":
-        return 0
+        return
     show({"stopped": True, "pid": pid, "message": f"stopped the daemon (pid {pid})"}, options, "", "pid")
-    return 0
 
 
-@command("daemon restart", "pd daemon restart", server_arguments)
-def daemon_restart(options: argparse.Namespace) -> int:
+@command("daemon restart", "pd daemon restart", *SERVER_ARGUMENTS)
+def daemon_restart(options: argparse.Namespace) -> None:
     """Stop the daemon and start the one in this file."""
     daemon_stop(options)
-    return daemon_start(options)
+    daemon_start(options)
 
 
 @command("daemon status", "pd status")
-def daemon_status(options: argparse.Namespace) -> int:
+def daemon_status(options: argparse.Namespace) -> None:
     """Whether the daemon runs, where, and what it holds."""
     settings = Settings.load(home=options.home)
     facts = daemon_facts(settings, own=False)
@@ -6057,67 +5993,49 @@ def daemon_status(options: argparse.Namespace) -> int:
     show({**facts, "metrics": held, "message": (
         f"port-daddy {facts['version']} at {facts['url']} (pid {facts['pid']}), up {span(facts['uptime'])}\n"
         f"holds {counts}; {held['waiters']} waiting\nstate in {settings.home}")}, options, "", "url")
-    return 0
 
 
 @command("version", "pd version")
-def show_version(options: argparse.Namespace) -> int:
+def show_version(options: argparse.Namespace) -> None:
     """The version and the hash of this file."""
     digest = file_hash(os.path.abspath(__file__))
     show({"version": __version__, "protocol": PROTOCOL, "sha256": digest, "python": sys.version.split()[0],
           "message": f"port-daddy {__version__} (protocol {PROTOCOL}, sha256 {digest[:12]}…)"}, options, "", "version")
-    return 0
 
 
-def url_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id", help="the identity of a service")
-    parser.add_argument("--env", default="local", help="which of its endpoints (default local)")
-
-
-@command("url", "curl $(pd url myapp:api:main)/health", url_arguments)
-def show_url(options: argparse.Namespace) -> int:
+@command("url", "curl $(pd url myapp:api:main)/health", argument("id", help="the identity of a service"),
+         argument("--env", default="local", help="which of its endpoints (default local)"))
+def show_url(options: argparse.Namespace) -> None:
     """The URL of a service in an environment."""
-    service = new_client(options).get_service(options.id)
-    if options.env not in service["endpoints"]:
+    endpoints = new_client(options).get_service(options.id)["endpoints"]
+    if options.env not in endpoints:
         raise PortDaddyError("NOT_FOUND", f"{options.id} has no endpoint {options.env}; it has "
-                             f"{', '.join(service['endpoints']) or 'none'}. Set it with: pd endpoint set")
-    show({"url": service["endpoints"][options.env], "message": service["endpoints"][options.env]}, options, "", "url")
-    return 0
+                             f"{', '.join(endpoints) or 'none'}. Set it with: pd endpoint set")
+    show({"url": endpoints[options.env], "message": endpoints[options.env]}, options, "", "url")
 
 
-def env_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pattern", nargs="?", default="*", help="which services (default all)")
-    parser.add_argument("--format", choices=("export", "dotenv", "json"), default="export", help="default: export")
-
-
-@command("env", 'eval "$(pd env \'myapp:*\')"', env_arguments)
-def show_env(options: argparse.Namespace) -> int:
+@command("env", 'eval "$(pd env \'myapp:*\')"',
+         argument("pattern", nargs="?", default="*", help="which services (default all)"),
+         argument("--format", choices=("export", "dotenv", "json"), default="export", help="default: export"))
+def show_env(options: argparse.Namespace) -> None:
     """Ports and URLs of services as environment variables."""
     values: dict[str, str] = {}
     for service in new_client(options).list_services(options.pattern)["services"]:
-        name = re.sub(r"[^A-Z0-9]+", "_", service["id"].upper())
-        name = f"_{name}" if name[0].isdigit() else name
+        name = re.sub(r"[^A-Z0-9]+|^(?=[0-9])", "_", service["id"].upper())
         if f"{name}_PORT" in values:
             say(f"pd: {service['id']} has the same variables as another service, and is left out")
             continue
-        values[f"{name}_PORT"] = str(service["port"])
-        if "local" in service["endpoints"]:
-            values[f"{name}_URL"] = service["endpoints"]["local"]
+        values.update(present(**{f"{name}_PORT": str(service["port"]), f"{name}_URL": service["endpoints"].get("local")}))
     if options.json or options.format == "json":
         out(json.dumps(values, indent=2))
     for name, value in values.items() if not options.json and options.format != "json" else ():
         quoted = value if re.fullmatch(r"[A-Za-z0-9_:/.\[\]-]*", value) else "'" + value.replace("'", "'\\''") + "'"
         out(f"{'export ' if options.format == 'export' else ''}{name}={quoted}")
-    return 0
 
 
-def sub_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("channel", help="a channel, or a pattern such as build:*")
-    parser.add_argument("--after", type=int, help="begin after this message id (default: now)")
-
-
-@command("sub", "pd sub 'build:*'", sub_arguments)
-def follow_channel(options: argparse.Namespace) -> int:
+@command("sub", "pd sub 'build:*'", argument("channel", help="a channel, or a pattern such as build:*"),
+         argument("--after", type=int, help="begin after this message id (default: now)"))
+def follow_channel(options: argparse.Namespace) -> None:
     """Follow a channel: one JSON message a line, until interrupted."""
     client = new_client(options)
 
@@ -6130,17 +6048,12 @@ def follow_channel(options: argparse.Namespace) -> int:
             say(f"following {options.channel}; Ctrl-C ends")
         for message in messages:
             out(plain(message["payload"]) if options.quiet else to_json(message))
-    return 0
 
 
-def with_lock_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", help="the lock")
-    parser.add_argument("--owner", help="who holds it (default: this process)")
-    parser.add_argument("--ttl", default="60s", help="length of the lease, renewed meanwhile (default 60s)")
-    parser.add_argument("--wait", default="60s", help="how long to wait for it (default 60s)")
-
-
-@command("with-lock", "pd with-lock db-migration --wait 5m -- npm run migrate", with_lock_arguments)
+@command("with-lock", "pd with-lock db-migration --wait 5m -- npm run migrate", argument("name", help="the lock"),
+         argument("--owner", help="who holds it (default: this process)"),
+         argument("--ttl", default="60s", help="length of the lease, renewed meanwhile (default 60s)"),
+         argument("--wait", default="60s", help="how long to wait for it (default 60s)"))
 def with_lock(options: argparse.Namespace) -> int:
     """Run a command while holding a lock, and give its status."""
     words = need_words(options)
@@ -6246,7 +6159,7 @@ def ask_dev(project: Project, options: argparse.Namespace, what: Reply, timeout:
         cursor, payload = reply["lastId"], (reply["message"] or {}).get("payload")
         if isinstance(payload, dict) and payload.get("answers") == number:
             if not payload.get("done"):
-                raise PortDaddyError("NOT_FOUND", str(payload.get("said")))
+                raise PortDaddyError("INTERNAL", str(payload.get("said")))
             return client, str(payload.get("said"))
     raise PortDaddyError("TIMED_OUT", f"the dev of {project.name} has not answered within {timeout:g} s")
 
@@ -6362,12 +6275,13 @@ def run_one(options: argparse.Namespace) -> int:
     import shlex
     words = need_words(options)
     rule = RC_FIELDS["healthPath"][0]
-    health = Field("health", "health", rule, True, None).check(options.health, read=False) if options.health else "none"
+    health = Field("health", "health", rule, True, None).check(options.health, read=False) if options.health else "tcp"
     identity = Field("id", "id", IDENTITY, True, None).check(options.id, read=True)
     raw = {"cmd": "exec " + " ".join(map(shlex.quote, words))}
     service = load_service("", identity, identity, raw, lambda _, kind, value: value)
-    service = service._replace(port=options.port, rule=health, cwd=os.getcwd(), env={"PORT": "${PORT}"})
-    project = Project(os.getcwd(), identity, "", {identity: service}, None)
+    service = service._replace(port=options.port, rule=health, cwd=os.getcwd(), env={"PORT": "${PORT}"},
+                               health_timeout=1e9)  # it may be something that never listens
+    project = Project(os.getcwd(), identity, "", {identity: service}, None, "run")
     return supervise(project, new_client(options, pid=os.getpid()), plain=True)
 
 
@@ -6426,7 +6340,8 @@ def parse(argv: Sequence[str], known: Mapping[str, Command]) -> tuple[Command, a
     chosen = known[name]
     wraps = name in ("with-lock", "run")
     parser = Parser(prog=f"pd {name}", description=chosen.summary, epilog=f"example: {chosen.example}", allow_abbrev=False)
-    chosen.arguments(parser)
+    for add in chosen.arguments:
+        add(parser)
     parser.add_argument("--json", action="store_true", help="the reply as JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="only the value that a script wants")
     parser.add_argument("--home", metavar="DIR", help="the state folder (PORT_DADDY_HOME)")
@@ -6473,7 +6388,7 @@ def run_command(argv: list[str]) -> int:
         out(overview(known, argv[0] if argv and argv[0] in families else ""))
         return 0
     chosen, options = parse(["version"] if argv == ["--version"] else argv, known)
-    return chosen.run(options)
+    return chosen.run(options) or 0
 
 
 if __name__ == "__main__":
