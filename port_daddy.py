@@ -249,10 +249,10 @@ class Text(Kind):
                  hidden: bool = False) -> None:
         super().__init__(expected)
         self.pattern, self.also, self.hidden = pattern, also, hidden
-        self.matches = re.compile(pattern, re.DOTALL).fullmatch
 
     def parse(self, value: Any) -> Any:
-        expect(isinstance(value, str) and self.matches(value) and self.also(value))
+        # By the text of the pattern, which `re` compiles once, when it is needed: a short command needs one of thirty.
+        expect(isinstance(value, str) and re.fullmatch(self.pattern, value, re.DOTALL) and self.also(value))
         return value
 
 
@@ -1664,7 +1664,7 @@ def dial(addresses: Sequence[tuple[Any, ...]], timeout: float) -> socket.socket:
                 connection = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
                 connection.settimeout(max(0.01, deadline - time.monotonic()))
                 connection.connect(address)
-                if connection.getsockname()[1] == address[1] and is_self(connection):
+                if connection.getsockname()[:2] == address[:2]:  # a free port of the ephemeral range has met itself
                     raise OSError(errno.ECONNREFUSED, "Connection refused")
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 undo.pop_all()
@@ -1678,14 +1678,6 @@ def dial(addresses: Sequence[tuple[Any, ...]], timeout: float) -> socket.socket:
     problem = DaemonUnreachable(last)
     problem.facts = facts
     raise problem
-
-
-def is_self(connection: socket.socket) -> bool:
-    """Whether a connection to a free port of the ephemeral range has met itself."""
-    try:
-        return bool(connection.getsockname() == connection.getpeername())
-    except OSError:
-        return False  # the other side has hung up already
 
 
 def split_url(url: str) -> tuple[str, str, int, str]:
@@ -2335,7 +2327,7 @@ def choose_port(daemon: Daemon, tx: Transaction, identity: str, wanted: Optional
             return first, None
         warning = f"{'port' if wanted else 'its usual port'} {first} is taken by {holder}"
         if wanted and exact:
-            raise PortDaddyError("PORT_TAKEN", f"{warning}; stop that, or do not insist (exact)", port=wanted,
+            raise PortDaddyError("PORT_TAKEN", f"{warning}; stop that, or take any other (without exact)", port=wanted,
                                  holder=holder)
     for port in candidate_ports(daemon, tx, identity, limits):
         if port_free(port):
@@ -4577,7 +4569,7 @@ RC_ALIASES = {"dev": "cmd", "preferredPort": "port", "health": "healthPath", "de
 REFERENCE = re.compile(r"\$\{(?:([A-Za-z0-9._-]+)\.(?=(?:PORT|URL)\}))?(PORT|(?<=\.)URL)\}")  # ${PORT}, ${api.URL}
 CONDITIONS = ("healthy", "started", "completed")
 PROBE_STARTING, PROBE_RUNNING, SILENT_FOR, CALM_AFTER = 0.25, 5.0, 3.0, 60.0  # seconds
-TAIL, LINE_LIMIT = 20, 64 * 1024
+TAIL, LINE_LIMIT, IN_USE = 20, 64 * 1024, r"EADDRINUSE|[Aa]ddress (?:is )?already in use"
 
 
 class Mapped(Kind):
@@ -4753,6 +4745,8 @@ def load_service(path: str, name: str, identity: str, raw: dict[str, Any],
     file_env = read_env_file(os.path.join(folder, values["env_file"])) if values["env_file"] else {}
     import signal
     has_port = not values["noPort"] and not values["remote"]
+    if values["noPort"] and re.match(r"/|tcp", values["healthPath"] or ""):
+        raise PortDaddyError("BAD_VALUE", f"{path}: services.{name} has noPort, so there is nothing for its healthPath")
     return Service(
         name, identity, values["cmd"], values["port"], values["healthPath"] or ("tcp" if has_port else "none"),
         values["healthTimeout"] / 1000, values["needs"], {**file_env, **values["env"]},
@@ -4918,7 +4912,8 @@ class Prober:
             if not spoke and time.monotonic() - self.silent_since < SILENT_FOR:
                 raise
             self.connect_only = True
-            return f"port {self.child.port} answers, but not by HTTP: {rule} is not asked for, connecting has to do"
+            return (f"port {self.child.port} does not speak HTTP, so that it takes connections counts instead of {rule}; "
+                    'write "healthPath": "tcp" to say so')
         if not 200 <= answer.status < 400:
             raise PortDaddyError("INTERNAL", f"{rule} answered HTTP {answer.status}")
         return None
@@ -5151,7 +5146,7 @@ def claim_port(pd: PortDaddy, project: Project, child: Child, note: Callable[[st
                                  "any free port will do", **problem.facts) from None
         claim_port(pd, project, child, note, move=True)
         return
-    if child.port not in (None, reply["port"]) or service.port not in (None, reply["port"]):
+    if reply.get("warning") or child.port not in (None, reply["port"]):
         note(f"pd: {service.name} gets port {reply['port']}: {reply.get('warning', 'its own was taken')}")
     child.port = reply["port"]
 
@@ -5182,10 +5177,6 @@ class Checks:
 def await_exit(process: subprocess.Popen[bytes], report: Callable[[int], None]) -> None:
     status = process.wait()
     report(128 - status if status < 0 else status)
-
-
-def address_in_use(child: Child) -> bool:
-    return any(re.search("EADDRINUSE|[Aa]ddress (is )?already in use", line) for line in list(child.tail))
 
 
 class Supervisor:
@@ -5343,7 +5334,7 @@ class Supervisor:
             self.settle(child, "completed", "stopped")
         elif status == 0 and child.port is not None and child.port in listeners():
             self.settle(child, "detached", "detached")
-        elif status and child.state == "starting" and not child.retried and address_in_use(child):
+        elif status and child.state == "starting" and not child.retried and re.search(IN_USE, "\n".join(child.tail)):
             child.retried = True
             self.stop_groups([child])
             child.state = "waiting"
@@ -5388,9 +5379,10 @@ class Supervisor:
         if not self.plain:
             self.screen.changed(child)
             last = "".join(f"\n  {log_text(line, False)}" for line in list(child.tail)) if status else ""
-            self.screen.note(f"pd: {child.service.name} {'failed' if status else 'ended'}: {reason}"
-                             + (f"; its last lines:{last}" if last else ""))
-        elif not child.process:
+            words = (f"failed: {reason}" if status else "ended with 0. A service that is meant to end is needed as "
+                     '"completed"; --keep-going lets the others go on')
+            self.screen.note(f"pd: {child.service.name} {words}" + (f"; its last lines:{last}" if last else ""))
+        elif child.status is None:  # it could not even be started
             self.screen.note(f"pd: {reason}")
 
     def report(self, child: Child, status: str, latency: Optional[int] = None, error: Optional[str] = None) -> None:
@@ -5418,6 +5410,7 @@ class Supervisor:
         child = self.children.get(str(payload.get("service")))
         if payload.get("do") == "down":
             self.answer([number], True, "stopping")
+            self.screen.note("pd: stopping, as `pd down` asked")
             self.ending = True
         elif payload.get("do") == "restart" and child and not child.service.remote:
             self.asked.setdefault(child.service.name, []).append(number)
@@ -5447,6 +5440,8 @@ class Supervisor:
                 if child.service.has_port and child.state != "detached":
                     self.reporter.tell(functools.partial(self.pd.release, child.service.identity))
             children = [child for child in children if child not in level]
+        if not self.plain:
+            self.screen.note("pd: all stopped")
 
     def stop_groups(self, children: Sequence[Child]) -> None:
         """Signal the groups, kill those that do not end in time, and see that they are empty."""
@@ -5468,9 +5463,12 @@ class Supervisor:
                 elif group not in killed and (waited > 0 or self.interrupts > 1):
                     killed.add(group)
                     group_signal(group, signal.SIGKILL)
+                    if waited > 0:
+                        self.screen.note(f"pd: {child.service.name} has not ended within "
+                                         f"{span(child.service.stop_timeout * 1000)} and is killed")
             time.sleep(0.02 if left else 0)
         for child in children:
-            if child.state == "detached" and child.port in listeners():
+            if child.run and child.port in listeners():
                 self.screen.note(f"pd: {child.service.name} has left its process group and is out of reach: "
                                  f"{port_holder(child.port or 0)[1]} goes on listening on port {child.port}")
 
@@ -5487,8 +5485,11 @@ def supervise(project: Project, pd: PortDaddy, keep_going: bool = False, health:
         if problem.code != "LOCK_HELD":
             raise
         pid = pd.check_lock(project.lock)["pid"]
-        raise PortDaddyError("ALREADY_RUNNING", f"{project.name} ({project.context or 'no context'}) is run by pid {pid} "
-                             "already; see what it does with `pd logs -f`, end it with `pd down`", pid=pid) from None
+        which, end = (f" ({project.context})" if project.context else "", "`pd down`")
+        end = f"`kill {pid}`" if project.kind == "run" else end
+        raise PortDaddyError("ALREADY_RUNNING", f"{project.name}{which} is run by pid {pid} already; see what it does with "
+                             f"`pd logs -f`, end it with {end}, or give this one another name or --context",
+                             pid=pid) from None
     try:
         pd.register(project.lock, type="dev", pid=os.getpid())
         with pd.start_heartbeat(30_000):
@@ -5947,6 +5948,8 @@ def daemon_facts(settings: Settings, own: bool = True) -> Optional[Reply]:
         url = str(found["url"]) if own and found else find_url(settings)[0]
         facts = {**PortDaddy(url, pid=0).version(), "url": url}
     except DaemonUnreachable:
+        if settings.url:  # somebody said where it is: then it matters what is wrong there
+            raise
         return None
     return facts if not own or found and found.get("instance") == facts["instance"] else None
 
