@@ -3168,9 +3168,11 @@ ATTEMPT_TIMEOUT = 10.0
 
 def failure_id(where: str) -> str:
     """Log the exception being handled, under an id that may be shown to whoever met it."""
-    import traceback
-    number = os.urandom(4).hex()
-    log(f"{where} failed [{number}]: {traceback.format_exc()}")
+    number, trace = os.urandom(4).hex(), repr(sys.exc_info()[1])
+    with contextlib.suppress(OSError):  # out of descriptors, not even the lines of the traceback can be read
+        import traceback
+        trace = traceback.format_exc()
+    log(f"{where} failed [{number}]: {trace}")
     return number
 
 
@@ -3187,7 +3189,6 @@ class Worker(threading.Thread):
     """The wrapper: `work` is called again and again, joined to its topic, and returns how many ms it may sleep."""
 
     def __init__(self, daemon: Daemon, topic: str, work: Callable[[], int]) -> None:
-        import traceback  # noqa: F401 - now, since a failure may be one of opening files
         super().__init__(name=topic, daemon=True)
         self.bell, self.topic, self.work = daemon.bell, topic, work
 
