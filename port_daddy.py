@@ -110,18 +110,23 @@ PROBLEMS: dict[str, tuple[int, int, str]] = {  # code: (HTTP status, exit status
     "LOCK_LOST": (409, 4, "the lock has moved on; stop, and take it again"),
     "ALREADY_RUNNING": (409, 4, "a daemon already serves this state folder"),
     "CANNOT_LISTEN": (503, 1, "the port of the daemon cannot be bound"),
+    "LIMIT_MISMATCH": (409, 4, "the lock is held with another limit"),
+    "STALE_RECEIPT": (409, 4, "the lease of this message has moved on"),
     "PORT_TAKEN": (409, 4, "somebody else has that port"),
     "PORT_HIJACKED": (409, 4, "a stranger listens on the port of this service"),
     "NO_PORTS": (409, 4, "no port of the range is free"),
     "TOO_LARGE": (413, 2, "the request is larger than the limit"),
     "URI_TOO_LONG": (414, 2, "the request line is longer than 8 KiB"),
     "UNSUPPORTED_MEDIA": (415, 2, "send JSON with Content-Type: application/json"),
+    "KEY_REUSED": (422, 2, "this Idempotency-Key was used for another request"),
     "LIMIT": (429, 4, "the limit of this agent is reached"),
     "HEADERS_TOO_LARGE": (431, 2, "a header is larger than 8 KiB, all are larger than 32 KiB, or more than 100"),
     "INTERNAL": (500, 1, "the daemon failed"),
     "NOT_IMPLEMENTED": (501, 1, "the daemon does not do that"),
     "BUSY": (503, 1, "too many are waiting; try again in a second"),
     "SHUTTING_DOWN": (503, 1, "the daemon is stopping; try again in a second"),
+    "CORRUPT": (500, 1, "the database is damaged"),
+    "CHANNEL_FULL": (507, 1, "the channel is full of messages that its workers have not done with"),
     "STORAGE_FULL": (507, 1, "the disk is full or failing; nothing was changed"),
     "UNREACHABLE": (0, 6, "no daemon answers"),
 }
@@ -182,7 +187,8 @@ NAME = r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,100}"
 STATUSES = ("assigned", "starting", "running", "unhealthy", "stopped", "crashed", "dead", "detached", "hijacked")
 EVENT_KINDS = (
     "service.claim", "service.release", "service.healthy", "service.unhealthy", "agent.register", "agent.unregister",
-    "agent.stale", "lock.acquire", "lock.release", "lock.expire", "message.publish", "daemon.start", "daemon.stop")
+    "agent.stale", "lock.acquire", "lock.release", "lock.expire", "message.publish", "message.dead", "daemon.start",
+    "daemon.stop", "webhook.disabled")
 
 to_json: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -411,12 +417,17 @@ Secret = Annotated[str, Text('a secret of 8 to 256 characters, whsec_ and base64
                              r"[A-Za-z0-9+/]{3}=)?", hidden=True)]
 Status = Annotated[str, Text("one of " + ", ".join(STATUSES), "|".join(STATUSES))]
 HookId = Annotated[str, Text("an id as the daemon gave it", r"[A-Za-z0-9_-]{1,64}")]
+Receipt = Annotated[str, Text("a receipt as the poll gave it", r"[0-9]{1,16}-[0-9]{1,16}")]
+RequestKey = Annotated[str, Text("a key of 1 to 255 visible ASCII characters", r"[!-~]{1,255}")]
 Duration = Annotated[int, Period(1, 86_400_000)]
+Delay = Annotated[int, Period(0, 86_400_000)]
 Lifetime = Annotated[int, Period(1, 366 * 86_400_000)]
 PollTime = Annotated[int, Period(0, 60_000)]
 WaitTime = Annotated[int, Period(0, 300_000)]
 LockWait = Annotated[int, Period(0, 3_600_000)]
 Count = Annotated[int, Integer("a number", 1, 1000)]
+Attempts = Annotated[int, Integer("a number", 1, 1000)]
+Seats = Annotated[int, Integer("a number", 1, 1000)]
 Quota = Annotated[int, Integer("a number", 0, 100_000)]
 Rows = Annotated[int, Integer("a number", 1, 100_000)]
 Latency = Annotated[int, Integer("milliseconds", 0, 3_600_000)]
@@ -716,14 +727,17 @@ class Bell:
 #    its length (`ttl`), from which it starts anew after a reboot. Columns named like instants are wall-clock time.
 # 4. Message and event ids come from one counter, fencing tokens from another; neither ever repeats a number.
 #
-#    lock:    free ──lock_take──> held ──extend_lock──> held ──lock_free──> free      (lock_sweep: time or process is over)
-#    message: kept ──message_take──> taken by the group ──message_return──> waits for the group again (its answer was lost)
-#    hook:    pending ──delivery_settle──> delivered, or pending again, or dead
+#    lock:     free ──lock_take──> held ──extend_lock──> held ──lock_free──> free, or closed a while ──lock_open──> free
+#    task:     new ──message_take──> leased ──task_touch──> leased ──task_done──> done      (a message, as a group sees it)
+#                         ^            └──task_fail──> waiting ──message_take──> leased          (nack, time, death)
+#                   task_redrive               └─> dead, after its last attempt ──task_redrive──> waiting
+#    delivery: pending ──delivery_settle──> delivered, or pending again, or dead ──delivery_replay──> pending
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 -- Counters and facts of this database: ids, tokens, forgotten (the highest event id that was pruned), boot (of the last
--- start), tag (names this database in the ids of deliveries).
+-- start), tag (names this database in the ids of deliveries), stopped and resumed (the clock of leases), days (the last id
+-- of each of the last days, as JSON), today (how much of the current one is over).
 CREATE TABLE META (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
 
 -- What happened. The activity log, the event stream and the webhooks read this table.
@@ -757,17 +771,32 @@ CREATE TABLE MESSAGES (
 CREATE INDEX MESSAGES_OF_CHANNEL ON MESSAGES (channel, id);
 CREATE INDEX MESSAGES_THAT_EXPIRE ON MESSAGES (expires) WHERE expires IS NOT NULL;
 
--- How far a group of workers has read a channel, and the messages before that point which it has yet to read again.
+-- How far a group of workers has read a channel, and whether it has ever taken work for a time (`leasing`): what such a
+-- group has not done with is not dropped for want of room.
 CREATE TABLE READERS (
-  channel TEXT NOT NULL, team TEXT NOT NULL, cursor INTEGER NOT NULL, polled INTEGER NOT NULL,
+  channel TEXT NOT NULL, team TEXT NOT NULL, cursor INTEGER NOT NULL, polled INTEGER NOT NULL, leasing INTEGER NOT NULL,
   PRIMARY KEY (channel, team)) WITHOUT ROWID;
-CREATE TABLE RETURNED (
-  channel TEXT NOT NULL, team TEXT NOT NULL, message INTEGER NOT NULL,
+-- What a group was given, up to its cursor, and has not done with: leased (`receipt` names that delivery, which is over at
+-- `due`), waiting to be given again (from `due` on; 0: now), or dead (`due` is NULL).
+CREATE TABLE TASKS (
+  channel TEXT NOT NULL, team TEXT NOT NULL, message INTEGER NOT NULL, receipt TEXT, attempts INTEGER NOT NULL,
+  most INTEGER NOT NULL, due INTEGER, ttl INTEGER, agent TEXT, error TEXT, died INTEGER,
   PRIMARY KEY (channel, team, message)) WITHOUT ROWID;
+CREATE INDEX TASKS_OF_MESSAGE ON TASKS (message);
+CREATE INDEX TASKS_WAITING ON TASKS (channel, team, message) WHERE receipt IS NULL AND due IS NOT NULL;
+CREATE INDEX TASKS_DUE ON TASKS (due) WHERE due > 0;
 
+-- A lock has `seats` holders at most, all with the same number of them; `delay` keeps it closed after an expiry or a death.
 CREATE TABLE LOCKS (
-  name TEXT PRIMARY KEY, owner TEXT, token INTEGER NOT NULL, pid INTEGER, birth INTEGER, acquired INTEGER NOT NULL,
-  expires INTEGER NOT NULL, ttl INTEGER NOT NULL, metadata TEXT) WITHOUT ROWID;
+  name TEXT NOT NULL, seat INTEGER NOT NULL, owner TEXT, token INTEGER NOT NULL, seats INTEGER NOT NULL,
+  delay INTEGER NOT NULL, pid INTEGER, birth INTEGER, acquired INTEGER NOT NULL, expires INTEGER NOT NULL,
+  ttl INTEGER NOT NULL, metadata TEXT, PRIMARY KEY (name, seat)) WITHOUT ROWID;
+CREATE TABLE CLOSED (name TEXT PRIMARY KEY, expires INTEGER NOT NULL, ttl INTEGER NOT NULL) WITHOUT ROWID;
+
+-- The answers to requests with an Idempotency-Key: `scope` is a digest of the key, the path and the agent.
+CREATE TABLE ANSWERS (
+  id INTEGER PRIMARY KEY, scope BLOB NOT NULL UNIQUE, body BLOB NOT NULL, reply TEXT NOT NULL, expires INTEGER NOT NULL,
+  ttl INTEGER NOT NULL);
 
 -- `alive` is NULL from death on; the row stays for a day, so that people can see who has died.
 CREATE TABLE AGENTS (
@@ -775,10 +804,11 @@ CREATE TABLE AGENTS (
   heartbeat INTEGER NOT NULL, expires INTEGER NOT NULL, ttl INTEGER NOT NULL, alive INTEGER, max_services INTEGER,
   max_locks INTEGER, metadata TEXT) WITHOUT ROWID;
 
+-- `streak`: how many deliveries have died since the last one that was taken.
 CREATE TABLE HOOKS (
   id TEXT PRIMARY KEY, url TEXT NOT NULL, events TEXT NOT NULL, secret TEXT, filter TEXT, active INTEGER NOT NULL,
-  created INTEGER NOT NULL, triggered INTEGER, successes INTEGER NOT NULL, failures INTEGER NOT NULL, metadata TEXT)
-  WITHOUT ROWID;
+  created INTEGER NOT NULL, triggered INTEGER, successes INTEGER NOT NULL, failures INTEGER NOT NULL, metadata TEXT,
+  streak INTEGER NOT NULL) WITHOUT ROWID;
 -- One event for one hook. `due` is on the awake clock, and NULL once the delivery is delivered or dead.
 CREATE TABLE DELIVERIES (
   id INTEGER PRIMARY KEY, hook TEXT NOT NULL, event TEXT NOT NULL, body TEXT NOT NULL, status TEXT NOT NULL,
@@ -786,21 +816,38 @@ CREATE TABLE DELIVERIES (
 CREATE INDEX DELIVERIES_DUE ON DELIVERIES (hook, due) WHERE due IS NOT NULL;
 CREATE INDEX DELIVERIES_OF_HOOK ON DELIVERIES (hook, id);
 """
+# What leads from an older version to SCHEMA: SQL before its missing tables are made, and after.
+MIGRATIONS = {1: ("""
+ALTER TABLE LOCKS RENAME TO OLD_LOCKS;
+ALTER TABLE READERS RENAME TO OLD_READERS;
+ALTER TABLE HOOKS ADD COLUMN streak INTEGER NOT NULL DEFAULT 0""", """
+INSERT INTO LOCKS SELECT name, 0, owner, token, 1, 0, pid, birth, acquired, expires, ttl, metadata FROM OLD_LOCKS;
+INSERT INTO READERS SELECT *, 0 FROM OLD_READERS;
+INSERT INTO TASKS (channel, team, message, attempts, most, due) SELECT channel, team, message, 0, 5, 0 FROM RETURNED;
+DROP TABLE OLD_LOCKS;
+DROP TABLE OLD_READERS;
+DROP TABLE RETURNED""")}
+MAX_DATABASE = 1024 * 1024 * 1024  # bytes
 KEEP_MESSAGES, KEEP_BYTES = 10_000, 64 * 1024 * 1024  # of a channel
-KEEP_EVENTS, KEEP_EVENTS_FOR = 10_000, 7 * 86_400_000
-KEEP_LINES_FOR = 86_400_000  # of a service that has been released
-KEEP_DELIVERIES, KEEP_DEAD_AGENTS_FOR, KEEP_FORMER_PORTS = 1_000, 86_400_000, 10_000
+KEEP_EVENTS, KEEP_DAYS, DAY = 10_000, 7, 86_400_000
+KEEP_ANSWERS, KEEP_ANSWERS_FOR = 50_000, DAY
+DEADLY_STREAK = 20  # deliveries of a webhook that died in a row
+KEEP_DELIVERIES, KEEP_DEAD_AGENTS_FOR, KEEP_FORMER_PORTS = 1_000, DAY, 10_000
 SIZE = "id, length(CAST(payload AS BLOB)) AS size"  # what message_drop wants to know, in bytes
+UNWANTED = ("NOT EXISTS (SELECT 1 FROM TASKS WHERE message = MESSAGES.id) AND NOT EXISTS (SELECT 1 FROM READERS WHERE "
+            "READERS.channel = MESSAGES.channel AND leasing AND cursor < MESSAGES.id)")  # a message that may be dropped
 RESERVE = 1_000  # numbers of a counter that one write to META makes ours
 BOOT_JUMP = 1_000_000  # a power cut may have lost the last second of writes, but hardly a million of them
 
 
 class Now(NamedTuple):
-    """One instant on three clocks: the wall's, the one that stands still during sleep, and which boot that one is of."""
+    """One instant on three clocks: the wall's, the one that leases live on and which stands still during sleep, and which
+    boot that one is of; and for how many ms more the second is held."""
 
     wall: int
     awake: int
     boot: str
+    pause: int = 0
 
 
 class Counter:
@@ -819,64 +866,114 @@ class Store:
             raise PortDaddyError("INTERNAL", f"SQLite {sqlite3.sqlite_version} is too old; this needs 3.24 or newer")
         self._errors, self._faults_of_ours = sqlite3.Error, (sqlite3.ProgrammingError, sqlite3.InterfaceError,
                                                               sqlite3.IntegrityError)
-        # Guards the connection and the counters. Held for a whole transaction, so writers follow one another.
-        self._lock = threading.RLock()
+        # Guards the connection, the counters and the clock of leases. Held for a whole transaction, so writers follow one
+        # another.
+        self.guard = threading.RLock()
+        self.trouble: Optional[str] = None  # why the last transaction could not be written
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
+        self._db.row_factory = sqlite3.Row
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
-            self._db.row_factory = sqlite3.Row
-            for pragma in ("page_size=1024", "locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL",
-                           "wal_autocheckpoint=4000", "cache_size=-8192"):
-                self._db.execute(f"PRAGMA {pragma}")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise PortDaddyError("INTERNAL", f"{path} was written by a newer version of this program; use that one")
-            if version == 0:
-                self._create(now)
+            self._open(path, now)
+            self.tag = str(self.meta("tag"))
+            self.ids, self.tokens = (Counter(key, int(self.meta(key))) for key in ("ids", "tokens"))
+            if self.meta("boot") != now.boot:
+                self._reboot(now)
         except self._errors as error:
+            self.close(clean=False)
+            if re.search("malformed|not a database", str(error)):
+                raise PortDaddyError("CORRUPT", f"{path} is damaged ({error})") from None
             raise PortDaddyError("STORAGE_FULL", f"{path} cannot be used as a database: {error}") from None
-        self.tag = str(self._meta("tag"))
-        self.ids, self.tokens = (Counter(key, int(self._meta(key))) for key in ("ids", "tokens"))
-        if self._meta("boot") != now.boot:
-            self._reboot(now)
+        except PortDaddyError:
+            self.close(clean=False)
+            raise
 
-    def _create(self, now: Now) -> None:
+    def _open(self, path: str, now: Now) -> None:
+        execute = self._db.execute
+        version = execute("PRAGMA user_version").fetchone()[0]  # before anything that would change the file
+        if version > SCHEMA_VERSION:
+            raise PortDaddyError("INTERNAL", f"{path} was written by a newer version of this program; use that one")
+        for pragma in ("page_size=1024", "locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL",
+                       "wal_autocheckpoint=4000", "cache_size=-8192"):
+            execute(f"PRAGMA {pragma}")
+        execute(f"PRAGMA max_page_count={MAX_DATABASE // execute('PRAGMA page_size').fetchone()[0]}")
+        found = execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise self._errors(f"malformed: {found}")
+        if version < SCHEMA_VERSION:
+            self._migrate(version, now)
+
+    def _migrate(self, version: int, now: Now) -> None:
+        """From any older version, or from nothing (0), to SCHEMA, in one transaction."""
+        before, after = MIGRATIONS.get(version, ("", ""))
+        schema = re.sub("CREATE (TABLE|INDEX)", r"CREATE \1 IF NOT EXISTS", SCHEMA)
         self._db.execute("BEGIN IMMEDIATE")
-        for statement in SCHEMA.split(";\n"):
+        for statement in f"{before};\n{schema};\n{after}".split(";\n"):
             self._db.execute(statement)
-        facts = {"ids": 0, "tokens": 0, "forgotten": 0, "boot": now.boot, "tag": os.urandom(4).hex()}
-        self._db.executemany("INSERT INTO META VALUES (?, ?)", facts.items())
+        facts = {"ids": 0, "tokens": 0, "forgotten": 0, "boot": now.boot, "tag": os.urandom(4).hex(), "days": "[]",
+                 "stopped": now.awake, "resumed": now.awake, "today": 0}
+        self._db.executemany("INSERT OR IGNORE INTO META VALUES (?, ?)", facts.items())
         self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         self._db.execute("COMMIT")
 
-    def _meta(self, key: str) -> Any:
-        return self._db.execute("SELECT value FROM META WHERE key=?", (key,)).fetchone()[0]
+    def meta(self, key: str) -> Any:
+        found = self._db.execute("SELECT value FROM META WHERE key=?", (key,)).fetchone()
+        if found is None:
+            raise self._errors(f"malformed: there is no {key}")
+        return found[0]
 
     def _reboot(self, now: Now) -> None:
         """The awake clock began anew, and so does the remaining time of everything; the counters leave a gap."""
         with self.transaction(lambda: now) as tx:
-            for table in ("SERVICES", "MESSAGES", "LOCKS", "AGENTS"):
+            for table in ("SERVICES", "MESSAGES", "LOCKS", "CLOSED", "AGENTS", "ANSWERS"):
                 tx.run(f"UPDATE {table} SET expires = ? + ttl WHERE expires IS NOT NULL", now.awake)
+            tx.run("UPDATE TASKS SET due = ? + ttl WHERE due > 0", now.awake)
             tx.run("UPDATE DELIVERIES SET due = ? WHERE due IS NOT NULL", now.awake)
             tx.run("UPDATE SERVICES SET born = 0, birth = NULL")
             tx.run("UPDATE LOCKS SET birth = 0 WHERE birth IS NOT NULL")  # no process has that start time: it is dead
             tx.run("UPDATE AGENTS SET birth = 0 WHERE birth IS NOT NULL")
-            tx.run("UPDATE META SET value = ? WHERE key = 'boot'", now.boot)
-            for counter in (self.ids, self.tokens):
-                counter.value = counter.reserved = counter.reserved + BOOT_JUMP
-                tx.run("UPDATE META SET value = ? WHERE key = ?", counter.value, counter.key)
+            meta_update(tx, boot=now.boot, stopped=now.awake, resumed=now.awake)
+            self.jump(tx, BOOT_JUMP)
+
+    def jump(self, tx: Transaction, gap: int) -> None:
+        """Leave a gap in both counters, for numbers that were given out and may not have reached the disk."""
+        for counter in (self.ids, self.tokens):
+            counter.value = counter.reserved = counter.reserved + gap
+            meta_update(tx, **{counter.key: counter.value})
+
+    def salvage(self, path: str, now: Now) -> int:
+        """Take over what can be read of a damaged database: the services, and counters above all that it gave out. ->
+        how many services"""
+        import sqlite3
+        other, kept, counters = sqlite3.connect(path), 0, {}
+        other.row_factory = sqlite3.Row
+        for key in ("ids", "tokens"):
+            with contextlib.suppress(self._errors, TypeError, ValueError):
+                counters[key] = int(other.execute("SELECT value FROM META WHERE key=?", (key,)).fetchone()[0])
+        with self.transaction(lambda: now) as tx:
+            with contextlib.suppress(self._errors, PortDaddyError):
+                for row in other.execute("SELECT * FROM SERVICES"):  # as far as it goes
+                    with contextlib.suppress(self._errors):
+                        insert(tx, "SERVICES", **{**dict(row), "born": 0, "birth": None})
+                        kept += 1
+            for counter in (self.ids, self.tokens):  # what cannot be read is below the milliseconds of the wall clock
+                counter.reserved = max(counter.reserved, counters.get(counter.key, now.wall))
+            self.jump(tx, BOOT_JUMP)
+        other.close()
+        return kept
 
     @contextlib.contextmanager
     def transaction(self, clock: Callable[[], Now], after: Callable[[Transaction], None] = lambda tx: None,
                     ) -> Iterator[Transaction]:
         """One BEGIN IMMEDIATE … COMMIT; rolled back when its block raises. `clock` is read once it has begun, so that
         the order of instants is that of the commits; `after` is called when it is committed and the lock let go."""
-        with self._lock:
+        with self.guard:
             reserved = self.ids.reserved, self.tokens.reserved
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 tx = Transaction(self, clock())
                 yield tx
                 self._db.execute("COMMIT")
+                self.trouble = None
             except BaseException as error:
                 with contextlib.suppress(self._errors):  # a failed COMMIT may have rolled back by itself
                     self._db.execute("ROLLBACK")
@@ -887,7 +984,7 @@ class Store:
         after(tx)
 
     def rows(self, sql: str, *values: Any) -> list[Any]:
-        with self._lock:
+        with self.guard:
             try:
                 return self._db.execute(sql, values).fetchall()
             except self._errors as error:
@@ -911,15 +1008,17 @@ class Store:
     def _failed(self, error: Exception) -> Exception:
         if isinstance(error, self._faults_of_ours):
             return error
+        self.trouble = str(error)
         return PortDaddyError("STORAGE_FULL", f"the database could not be read or written ({error}); nothing was changed")
 
-    def close(self) -> None:
+    def close(self, clean: bool = True) -> None:
         """Write the counters as they are, fold the log into the file, and let go of it."""
-        with self._lock, contextlib.suppress(self._errors):
-            for counter in (self.ids, self.tokens):
-                self._db.execute("UPDATE META SET value = ? WHERE key = ?", (counter.value, counter.key))
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        with self._lock:
+        with self.guard:
+            with contextlib.suppress(self._errors):
+                for counter in (self.ids, self.tokens) if clean else ():
+                    self._db.execute("UPDATE META SET value = ? WHERE key = ?", (counter.value, counter.key))
+                if clean:
+                    self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._db.close()
 
 
@@ -948,7 +1047,7 @@ class Transaction:
         counter.value += 1
         if counter.value > counter.reserved:
             counter.reserved = counter.value + RESERVE
-            self.run("UPDATE META SET value = ? WHERE key = ?", counter.reserved, counter.key)
+            meta_update(self, **{counter.key: counter.reserved})
         return counter.value
 
     def next_id(self) -> int:
@@ -974,6 +1073,11 @@ class Transaction:
 
 
 Sql = Union[Store, Transaction]
+
+
+def meta_update(tx: Transaction, **facts: Any) -> None:
+    for key, value in facts.items():
+        tx.run("UPDATE META SET value = ? WHERE key = ?", value, key)
 
 
 def insert(tx: Transaction, table: str, **columns: Any) -> None:
@@ -1034,17 +1138,25 @@ def message_append(tx: Transaction, channel: str, payload: Any, sender: Optional
     tx.run("INSERT INTO CHANNELS VALUES (?, 1, ?, ?, 0) ON CONFLICT (name) DO UPDATE SET count = count + 1, "
            "bytes = bytes + excluded.bytes, last = excluded.last", channel, len(text.encode()), number)
     while tx.value("SELECT count > ? OR bytes > ? FROM CHANNELS WHERE name = ?", KEEP_MESSAGES, KEEP_BYTES, channel):
-        message_drop(tx, channel, tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ? ORDER BY id LIMIT 1", channel))
+        rows = tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ? AND id < ? AND {UNWANTED} ORDER BY id LIMIT 1",
+                       channel, number)
+        if not rows:
+            slowest = tx.value("SELECT team FROM READERS WHERE channel = ? AND leasing ORDER BY cursor", channel)
+            raise PortDaddyError("CHANNEL_FULL", f"channel {channel} holds {KEEP_MESSAGES} messages or {KEEP_BYTES} bytes, "
+                                 f"and the group {slowest} has not done with them; let it work, or forget it and its dead "
+                                 f"letters (pd groups rm {channel} {slowest})", channel=channel, group=slowest)
+        message_drop(tx, channel, rows)
     tx.deliver(number, "message.publish", channel, {"channel": channel, "id": number, "sender": sender})
     tx.ring(f"channel:{channel}", "channel:*")
     return number
 
 
 def message_drop(tx: Transaction, channel: str, rows: Sequence[Any]) -> None:
-    """Forget messages (rows of id, size) of a channel, and remember the highest id, so that a loss can be announced."""
+    """Forget messages (rows of id, size) of a channel, and remember the highest id, so that a loss can be announced. A
+    lease that runs can still be acknowledged."""
     for row in rows:
         tx.run("DELETE FROM MESSAGES WHERE id = ?", row["id"])
-        tx.run("DELETE FROM RETURNED WHERE channel = ? AND message = ?", channel, row["id"])
+        tx.run("DELETE FROM TASKS WHERE message = ? AND receipt IS NULL", row["id"])
     tx.run("UPDATE CHANNELS SET count = count - ?, bytes = bytes - ?, dropped = max(dropped, ?) WHERE name = ?",
            len(rows), sum(row["size"] for row in rows), max((row["id"] for row in rows), default=0), channel)
 
@@ -1063,30 +1175,98 @@ def message_sweep(tx: Transaction) -> None:
                                           channel, tx.now.awake))
 
 
-def message_waiting(db: Sql, channel: str, team: str) -> Optional[Any]:
-    """The message that the group reads next: one it was given back, else the first behind its cursor."""
-    back = db.row("SELECT MESSAGES.* FROM RETURNED JOIN MESSAGES ON MESSAGES.id = message WHERE RETURNED.channel = ? "
-                  "AND team = ? ORDER BY message LIMIT 1", channel, team)
-    if back:
-        return back
-    cursor = db.value("SELECT cursor FROM READERS WHERE channel = ? AND team = ?", channel, team) or 0
-    return next(iter(message_list(db, channel, cursor, 1)), None)
+# A group of workers takes each message once. What it has not seen lies behind its cursor; what it was given and has not
+# done with is a row in TASKS.
+
+def reader_join(tx: Transaction, channel: str, team: str, leasing: bool) -> None:
+    """Note that a group polls; from the first time on which it leases, what it has not done with is kept for it."""
+    tx.run("INSERT INTO READERS VALUES (?, ?, 0, ?, ?) ON CONFLICT (channel, team) DO UPDATE SET polled = excluded.polled, "
+           "leasing = max(leasing, excluded.leasing)", channel, team, tx.now.wall, leasing)
 
 
-def message_take(tx: Transaction, channel: str, team: str) -> Optional[Any]:
-    """Hand the next message to one of the group, and to nobody else of it."""
-    message = message_waiting(tx, channel, team)
-    if message and not tx.run("DELETE FROM RETURNED WHERE channel = ? AND team = ? AND message = ?",
-                              channel, team, message["id"]):
-        tx.run("INSERT INTO READERS VALUES (?, ?, ?, ?) ON CONFLICT (channel, team) DO UPDATE SET "
-               "cursor = excluded.cursor, polled = excluded.polled", channel, team, message["id"], tx.now.wall)
-    return message
+def message_waiting(db: Sql, channel: str, team: str, awake: int) -> Optional[Any]:
+    """The message that the group reads next: one that it was given before, else the first behind its cursor."""
+    back = db.row("SELECT MESSAGES.*, attempts FROM TASKS JOIN MESSAGES ON MESSAGES.id = message WHERE TASKS.channel = ? "
+                  "AND team = ? AND receipt IS NULL AND due <= ? ORDER BY message LIMIT 1", channel, team, awake)
+    return back or db.row("SELECT *, 0 AS attempts FROM MESSAGES WHERE channel = ?1 AND id > ifnull((SELECT cursor FROM "
+                          "READERS WHERE channel = ?1 AND team = ?2), 0) ORDER BY id LIMIT 1", channel, team)
 
 
-def message_return(tx: Transaction, channel: str, team: str, message: int) -> None:
+def message_take(tx: Transaction, channel: str, team: str, lease: Optional[int], most: int,
+                 agent: Optional[str]) -> Optional[tuple[Any, Optional[str]]]:
+    """Hand the next message to one of the group and to nobody else of it: for good, or for a lease that a receipt names."""
+    message = message_waiting(tx, channel, team, tx.now.awake)
+    if not message:
+        return None
+    number = message["id"]
+    tx.run("UPDATE READERS SET cursor = max(cursor, ?), polled = ? WHERE channel = ? AND team = ?", number, tx.now.wall,
+           channel, team)
+    if lease is None:
+        tx.run("DELETE FROM TASKS WHERE channel = ? AND team = ? AND message = ?", channel, team, number)
+        return message, None
+    receipt = f"{number}-{tx.next_id()}"
+    tx.run("INSERT OR REPLACE INTO TASKS VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL)", channel, team, number, receipt,
+           message["attempts"] + 1, most, tx.lasts(lease), lease, agent)
+    return message, receipt
+
+
+def message_return(tx: Transaction, channel: str, team: str, message: int, receipt: Optional[str]) -> None:
     """Undo a take whose answer did not reach the worker."""
-    tx.run("INSERT INTO RETURNED SELECT ?, ?, id FROM MESSAGES WHERE id = ?", channel, team, message)
+    if receipt is None:
+        tx.run("INSERT INTO TASKS (channel, team, message, attempts, most, due) SELECT ?, ?, id, 0, 0, 0 FROM MESSAGES "
+               "WHERE id = ?", channel, team, message)
+    else:
+        tx.run("UPDATE TASKS SET receipt = NULL, due = 0, agent = NULL, attempts = attempts - 1 WHERE receipt = ? AND "
+               "channel = ? AND team = ? AND message = ?", receipt, channel, team, message)
     tx.ring(f"channel:{channel}")
+
+
+def task_row(db: Sql, channel: str, team: str, receipt: str, awake: int) -> Optional[Any]:
+    """The delivery that a receipt names, while its lease runs."""
+    return db.row("SELECT * FROM TASKS WHERE channel = ? AND team = ? AND message = ? AND receipt = ? AND due > ?",
+                  channel, team, int(receipt.partition("-")[0]), receipt, awake)
+
+
+def task_update(tx: Transaction, row: Any, **columns: Any) -> None:
+    tx.run(f"UPDATE TASKS SET {', '.join(f'{name} = ?' for name in columns)} WHERE channel = ? AND team = ? AND "
+           "message = ?", *columns.values(), row["channel"], row["team"], row["message"])
+
+
+def task_done(tx: Transaction, row: Any) -> None:
+    tx.run("DELETE FROM TASKS WHERE channel = ? AND team = ? AND message = ?", row["channel"], row["team"], row["message"])
+
+
+def task_fail(tx: Transaction, row: Any, error: Optional[str], delay: int = 0) -> bool:
+    """A lease that ended without success: the group gets the message again, after the delay; or, after its last attempt,
+    it is dead (True)."""
+    if not tx.value("SELECT 1 FROM MESSAGES WHERE id = ?", row["message"]):  # expired or cleared meanwhile
+        task_done(tx, row)
+        return False
+    if row["attempts"] >= row["most"]:
+        task_update(tx, row, receipt=None, due=None, agent=None, error=error, died=tx.now.wall)
+        tx.emit("message.dead", row["channel"], row["agent"], channel=row["channel"], group=row["team"], id=row["message"],
+                error=error)
+        return True
+    task_update(tx, row, receipt=None, due=tx.lasts(delay) if delay else 0, ttl=delay, agent=None, error=error)
+    tx.ring(f"channel:{row['channel']}")
+    return False
+
+
+def task_redrive(tx: Transaction, channel: str, team: Optional[str], message: Optional[int]) -> int:
+    """Let dead messages wait for their group again, with all their attempts before them; how many those were."""
+    tx.ring(f"channel:{channel}")
+    return tx.run("UPDATE TASKS SET due = 0, attempts = 0, died = NULL WHERE channel = ?1 AND died IS NOT NULL AND (?2 IS "
+                  "NULL OR team = ?2) AND (?3 IS NULL OR message = ?3)", channel, team, message)
+
+
+def task_sweep(tx: Transaction) -> None:
+    """End the leases and the delays whose time is over."""
+    for row in tx.rows("SELECT * FROM TASKS WHERE due > 0 AND due <= ?", tx.now.awake):
+        if row["receipt"]:
+            task_fail(tx, row, row["error"] or "its lease ended without an answer of the worker")
+        else:
+            task_update(tx, row, due=0)
+            tx.ring(f"channel:{row['channel']}")
 
 
 def channel_dropped(db: Store, pattern: str) -> int:
@@ -1097,20 +1277,30 @@ def channel_dropped(db: Store, pattern: str) -> int:
 
 # --- locks ------------------------------------------------------------------------------------------------------------
 
-def lock_row(db: Sql, name: str, awake: int) -> Optional[Any]:
-    return db.row("SELECT * FROM LOCKS WHERE name = ? AND expires > ?", name, awake)
+def lock_rows(db: Sql, name: str, awake: int) -> list[Any]:
+    """Those who hold a lock, in the order in which they got it."""
+    return db.rows("SELECT * FROM LOCKS WHERE name = ? AND expires > ? ORDER BY token", name, awake)
 
 
 def lock_take(tx: Transaction, name: str, owner: Optional[str], ttl: int, pid: Optional[int], birth: Optional[int],
-              metadata: Optional[dict[str, Any]]) -> Optional[int]:
-    """Take a free lock; its fencing token, or None when it is held."""
+              seats: int, delay: int, metadata: Optional[dict[str, Any]]) -> Optional[int]:
+    """Take a free seat of a lock; its fencing token, or None when there is none, or the lock is closed for its delay."""
     lock_sweep(tx, "name = ? AND expires <= ?", name, tx.now.awake)
-    if tx.value("SELECT 1 FROM LOCKS WHERE name = ?", name):
+    if tx.value("SELECT 1 FROM CLOSED WHERE name = ? AND expires > ?", name, tx.now.awake):
+        return None
+    held = {row["seat"]: row["seats"] for row in tx.rows("SELECT seat, seats FROM LOCKS WHERE name = ?", name)}
+    limit = next(iter(held.values()), seats)
+    if limit != seats:
+        raise PortDaddyError("LIMIT_MISMATCH", f"lock {name} is held with limit {limit}, which stays until it is free; ask "
+                             f"with limit {limit}, or wait until then", limit=limit)
+    seat = next((number for number in range(seats) if number not in held), None)
+    if seat is None:
         return None
     token = tx.next_token()
-    tx.run("INSERT INTO LOCKS VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", name, owner, token, pid, birth, tx.now.wall,
-           tx.lasts(ttl), ttl, maybe_json(metadata))
-    tx.emit("lock.acquire", name, owner, lockName=name, owner=owner, token=token, expiresAt=tx.now.wall + ttl)
+    tx.run("INSERT INTO LOCKS VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", name, seat, owner, token, seats, delay, pid,
+           birth, tx.now.wall, tx.lasts(ttl), ttl, maybe_json(metadata))
+    tx.emit("lock.acquire", name, owner, lockName=name, owner=owner, token=token,
+            expiresAt=tx.now.wall + tx.now.pause + ttl)
     return token
 
 
@@ -1120,6 +1310,8 @@ def lock_free(tx: Transaction, row: Any, kind: str, reason: str) -> bool:
         return False
     tx.emit(kind, row["name"], row["owner"], lockName=row["name"], owner=row["owner"], token=row["token"],
             reason=reason)
+    if kind == "lock.expire" and row["delay"]:  # whoever lost it without knowing has this long to notice
+        tx.run("INSERT OR REPLACE INTO CLOSED VALUES (?, ?, ?)", row["name"], tx.lasts(row["delay"]), row["delay"])
     tx.ring(f"lock:{row['name']}")
     return True
 
@@ -1128,6 +1320,13 @@ def lock_sweep(tx: Transaction, condition: str, *values: Any, reason: str = "tim
     """End the leases that a condition names; the names of the locks."""
     rows = tx.rows(f"SELECT * FROM LOCKS WHERE {condition}", *values)
     return [row["name"] for row in rows if lock_free(tx, row, "lock.expire", reason)]
+
+
+def lock_open(tx: Transaction) -> None:
+    """Let in those who wait for a lock whose delay is over."""
+    for row in tx.rows("SELECT name FROM CLOSED WHERE expires <= ?", tx.now.awake):
+        tx.run("DELETE FROM CLOSED WHERE name = ?", row["name"])
+        tx.ring(f"lock:{row['name']}")
 
 
 # --- agents -----------------------------------------------------------------------------------------------------------
@@ -1148,9 +1347,13 @@ def agent_die(tx: Transaction, agent: str, survives: Callable[[Any], bool]) -> N
     """Free what a dead agent held, in this one transaction, and say in one event what that was."""
     tx.run("UPDATE AGENTS SET alive = NULL, birth = NULL WHERE id = ?", agent)
     locks = lock_sweep(tx, "owner = ?", agent, reason="agent")
+    tasks = tx.rows("SELECT * FROM TASKS WHERE agent = ? AND receipt IS NOT NULL", agent)
+    for task in tasks:
+        task_fail(tx, task, f"its worker, the agent {agent}, died")
     lost = [row for row in tx.rows("SELECT * FROM SERVICES WHERE agent = ?", agent) if not survives(row)]
     service_delete(tx, lost, agent)
-    tx.emit("agent.stale", agent, agent, agentId=agent, locks=locks, services=[row["id"] for row in lost], messages=[])
+    tx.emit("agent.stale", agent, agent, agentId=agent, locks=locks, services=[row["id"] for row in lost],
+            messages=[task["message"] for task in tasks])
 
 
 # --- webhooks ---------------------------------------------------------------------------------------------------------
@@ -1172,15 +1375,43 @@ def delivery_due(db: Store, hook: str, awake: int) -> Optional[Any]:
 
 def delivery_settle(tx: Transaction, row: Any, retry: Optional[int], response: Optional[int], duration: int,
                     error: Optional[str]) -> None:
-    """Note an attempt: delivered (no error), to be tried again after `retry` ms, or dead (no `retry`)."""
+    """Note an attempt: delivered (no error), to be tried again after `retry` ms, or dead (no `retry`). A receiver that
+    says that it is gone (410), or lets one delivery after the other die, is not asked any more."""
     status = "delivered" if error is None else "dead" if retry is None else "pending"
     due = tx.now.awake + retry if status == "pending" and retry is not None else None
+    hook = row["hook"]
     tx.run("UPDATE DELIVERIES SET status = ?, attempts = attempts + 1, response = ?, duration = ?, due = ?, error = ? "
            "WHERE id = ?", status, response, duration, due, error, row["id"])
-    tx.run("UPDATE HOOKS SET triggered = ?, successes = successes + ?, failures = failures + ? WHERE id = ?",
-           tx.now.wall, status == "delivered", error is not None, row["hook"])
+    tx.run("UPDATE HOOKS SET triggered = ?, successes = successes + ?, failures = failures + ?, streak = CASE ? WHEN "
+           "'dead' THEN streak + 1 WHEN 'delivered' THEN 0 ELSE streak END WHERE id = ?",
+           tx.now.wall, status == "delivered", error is not None, status, hook)
+    if status == "dead" and tx.run("UPDATE HOOKS SET active = 0 WHERE id = ? AND active AND (streak >= ? OR ? = 410)",
+                                   hook, DEADLY_STREAK, response):
+        tx.emit("webhook.disabled", hook, None, webhookId=hook, url=row["url"], reason=(
+            "the receiver is gone (HTTP 410)" if response == 410 else
+            f"{DEADLY_STREAK} deliveries in a row died; the last: {error}"))
     tx.run("DELETE FROM DELIVERIES WHERE hook = ? AND due IS NULL AND id <= (SELECT id FROM DELIVERIES WHERE hook = ? "
-           "ORDER BY id DESC LIMIT 1 OFFSET ?)", row["hook"], row["hook"], KEEP_DELIVERIES)
+           "ORDER BY id DESC LIMIT 1 OFFSET ?)", hook, hook, KEEP_DELIVERIES)
+
+
+def delivery_replay(tx: Transaction, hook: str, number: int) -> bool:
+    """Send a delivery again under the same id, as often as a new one; False when it is not kept any more."""
+    tx.ring("courier")
+    return tx.run("UPDATE DELIVERIES SET status = 'pending', attempts = 0, due = ?, error = NULL WHERE id = ? AND hook = ?",
+                  tx.now.awake, number, hook) == 1
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+def answer_row(db: Sql, scope: bytes, awake: int) -> Optional[Any]:
+    """The answer that was given under an Idempotency-Key."""
+    return db.row("SELECT body, reply FROM ANSWERS WHERE scope = ? AND expires > ?", scope, awake)
+
+
+def answer_keep(tx: Transaction, scope: bytes, body: bytes, reply: dict[str, Any]) -> None:
+    """Keep an answer in the transaction of what it tells, so that neither is there without the other."""
+    tx.run("INSERT OR REPLACE INTO ANSWERS VALUES (?, ?, ?, ?, ?, ?)", tx.next_id(), scope, body, to_json(reply),
+           tx.now.awake + KEEP_ANSWERS_FOR, KEEP_ANSWERS_FOR)
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------
@@ -1203,17 +1434,45 @@ def event_list(db: Store, kind: Optional[str], agent: Optional[str] = None, subj
                    after, since, until, kind or "*", agent, agent, subject, subject, limit)
 
 
-def prune(tx: Transaction) -> None:
-    """Forget what is kept for a time or up to a number only: events, the dead, the ports of old identities."""
-    last = tx.value("SELECT max(id) FROM EVENTS WHERE at < ? OR id <= (SELECT id FROM EVENTS ORDER BY id DESC LIMIT 1 "
-                    "OFFSET ?)", tx.now.wall - KEEP_EVENTS_FOR, KEEP_EVENTS)
-    if last:
-        tx.run("DELETE FROM EVENTS WHERE id <= ?", last)
-        tx.run("UPDATE META SET value = ? WHERE key = 'forgotten'", last)
+def prune(tx: Transaction, elapsed: int) -> None:
+    """Forget what is kept for a time or up to a number only. Age is counted in days of running (`elapsed` ms since the last
+    time): a wall clock that is set forward makes nothing old."""
+    days: list[int] = json.loads(tx.value("SELECT value FROM META WHERE key = 'days'"))
+    today = tx.value("SELECT value FROM META WHERE key = 'today'") + elapsed
+    if today >= DAY:
+        days, today = [*days, tx.next_id()][-KEEP_DAYS:], 0
+        meta_update(tx, days=to_json(days))
+    meta_update(tx, today=today)
+    event_drop(tx, max(days[0] if len(days) == KEEP_DAYS else 0, tx.value(
+        "SELECT id FROM EVENTS ORDER BY id DESC LIMIT 1 OFFSET ?", KEEP_EVENTS) or 0))
+    pages, free, size = (tx.value(f"PRAGMA {name}") for name in ("page_count", "freelist_count", "page_size"))
+    if (pages - free) * size > 0.9 * MAX_DATABASE:
+        make_room(tx)
     tx.run("DELETE FROM AGENTS WHERE alive IS NULL AND expires < ?", tx.now.awake - KEEP_DEAD_AGENTS_FOR)
-    tx.run("DELETE FROM LINES WHERE at < ? AND service NOT IN (SELECT id FROM SERVICES)", tx.now.wall - KEEP_LINES_FOR)
+    tx.run("DELETE FROM LINES WHERE id <= ? AND service NOT IN (SELECT id FROM SERVICES)", days[-2] if days[1:] else 0)
     tx.run("DELETE FROM FORMER_PORTS WHERE at <= (SELECT at FROM FORMER_PORTS ORDER BY at DESC LIMIT 1 OFFSET ?)",
            KEEP_FORMER_PORTS)
+    tx.run("DELETE FROM ANSWERS WHERE expires <= ? OR id <= (SELECT id FROM ANSWERS ORDER BY id DESC LIMIT 1 OFFSET ?)",
+           tx.now.awake, KEEP_ANSWERS)
+    tx.run("DELETE FROM READERS WHERE polled < ? AND channel NOT IN (SELECT name FROM CHANNELS)",
+           tx.now.wall - KEEP_DAYS * DAY)
+
+
+def event_drop(tx: Transaction, last: int) -> None:
+    """Forget the events up to an id, and remember that, so that a loss can be announced."""
+    if tx.run("DELETE FROM EVENTS WHERE id <= ?", last):
+        meta_update(tx, forgotten=last)
+
+
+def make_room(tx: Transaction) -> None:
+    """The database is nearly as large as it may become: the older half of the activity goes and, once that is little, the
+    oldest messages that nobody has yet to work on."""
+    count = tx.value("SELECT count(*) FROM EVENTS")
+    event_drop(tx, tx.value("SELECT id FROM EVENTS ORDER BY id LIMIT 1 OFFSET ?", count // 2) or 0)
+    if count < KEEP_EVENTS // 10:
+        rows = tx.rows(f"SELECT channel, {SIZE} FROM MESSAGES WHERE {UNWANTED} ORDER BY id LIMIT 1000")
+        for channel in {row["channel"] for row in rows}:
+            message_drop(tx, channel, [row for row in rows if row["channel"] == channel])
 
 
 # ======================================================================================================================
@@ -1364,15 +1623,21 @@ def process_start(arguments: Sequence[str], environ: Mapping[str, str], log_path
         raise PortDaddyError("INTERNAL", f"the daemon could not be started: {error}") from None
 
 
-def process_run(arguments: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a command in the foreground, on our own terminal. On Linux it is told to end when we are killed: the main
-    thread starts it, which lives as long as we do (PR_SET_PDEATHSIG follows the thread)."""
+def process_run(arguments: Sequence[str], environ: Mapping[str, str], given: Optional[str]) -> subprocess.Popen[bytes]:
+    """Start a command in the foreground, on our own terminal, with our stdin or with what is `given`. On Linux it is told
+    to end when we are killed: the main thread starts it, which lives as long as we do (PR_SET_PDEATHSIG follows the
+    thread)."""
     import ctypes
     import signal
     import subprocess
+    import tempfile
     end_with_us = functools.partial(ctypes.CDLL(None).prctl, 1, signal.SIGTERM) if LINUX else None
     try:
-        return subprocess.Popen(list(arguments), env=dict(environ), preexec_fn=end_with_us)
+        with tempfile.TemporaryFile() if given is not None else contextlib.nullcontext() as stdin:
+            if stdin and given is not None:  # a file, since nobody waits at a pipe that is not read
+                stdin.write(given.encode("utf-8", "replace"))
+                stdin.seek(0)
+            return subprocess.Popen(list(arguments), env=dict(environ), preexec_fn=end_with_us, stdin=stdin)
     except OSError as error:
         problem = PortDaddyError("BAD_VALUE", f"{arguments[0]!r} cannot be run: {error.strerror}")
         problem.exit_status = 127 if error.errno == errno.ENOENT else 126  # as a shell says it
@@ -1855,6 +2120,24 @@ def write_file(path: str, text: str, mode: int = 0o600) -> None:
         os.replace(f"{path}.new", path)
 
 
+def move_aside(path: str, suffix: str) -> str:
+    """Give a damaged database and its log another name, and make a copy that may be read; the name of the copy."""
+    import shutil
+    with blamed("INTERNAL", f"{path} could not be moved aside"):
+        for end in ("-wal", ""):
+            if os.path.exists(path + end):
+                os.replace(path + end, f"{path}.{suffix}{end}")
+                shutil.copy(f"{path}.{suffix}{end}", f"{path}.salvage{end}")
+    return f"{path}.salvage"
+
+
+def same_file(path: str, descriptor: int) -> bool:
+    """Whether the file that we have open is still the one of that name."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    return False
+
+
 def remove_file(path: str) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)
@@ -1885,9 +2168,13 @@ def file_hash(path: str) -> str:
 #    service: assigned ──observe: something listens──> running ──observe: it is gone──> stopped, or dead with its process
 #                 └──observe: a stranger listens──> hijacked         └──report_health──> unhealthy ──> running
 #    agent:   alive ──tick: ttl is over or process dead──> dead ──register, heartbeat──> alive
+#
+# 4. Leases live on `now().awake`. It stands still while the machine sleeps and, after a time in which we did not run (a
+#    stop, a stall, a restart), for a while longer, so that those who were there before can say that they still are.
 
 BIRTH_SLACK = 20  # ms: the kernel counts the start of a process in ticks of 10 ms
-TICK_AT_MOST, TICK_FOR_PROCESSES, PRUNE_EVERY = 60_000, 500, 60_000
+TICK_AT_MOST, PRUNE_EVERY = 60_000, 60_000
+LOOK_EVERY, STALL, GRACE, GRACE_AT_MOST = 500, 1_000, 5_000, 300_000
 HEALTH_EVERY, HEALTH_TIMEOUT = 5_000, 2.0
 
 
@@ -1904,6 +2191,49 @@ class Clock:
             self.offset = offset
         return Now(awake + self.offset, awake, self.boot)
 
+    def slept(self) -> int:
+        """Milliseconds that the machine has slept since it was started."""
+        with_sleep = time.CLOCK_BOOTTIME if LINUX else time.CLOCK_MONOTONIC  # Apple's monotonic clock goes on in sleep
+        return (time.clock_gettime_ns(with_sleep) - time.monotonic_ns()) // 1_000_000
+
+
+class LeaseClock:
+    """The awake clock as leases see it. It stood at `stopped` until `resumed` (on the awake clock), and has gone on from
+    there. Guarded by the store's lock."""
+
+    def __init__(self, clock: Clock, store: Store) -> None:
+        self.clock, self.store = clock, store
+        now, self.slept = clock.now().awake, clock.slept()
+        self.seen = self.expected = now  # when it was last read, and when it will be at the latest
+        self.stopped, self.resumed = int(store.meta("stopped")), int(store.meta("resumed"))
+        if store.value("SELECT 1 FROM LOCKS UNION SELECT 1 FROM AGENTS WHERE alive UNION SELECT 1 FROM TASKS WHERE due"):
+            self.stop(self.read(now), now + GRACE)  # the time without a daemon has counted
+
+    def read(self, now: int) -> int:
+        return self.stopped + max(0, now - self.resumed)
+
+    def stop(self, value: int, until: int) -> None:
+        self.stopped, self.resumed = value, until
+        with contextlib.suppress(PortDaddyError):  # kept for a next start of this boot
+            for key, fact in (("stopped", value), ("resumed", until)):
+                self.store.run("UPDATE META SET value = ? WHERE key = ?", fact, key)
+
+    def now(self) -> Now:
+        with self.store.guard:
+            now, slept = self.clock.now(), self.clock.slept()
+            last = max(self.seen, self.expected)
+            stall = now.awake - last
+            self.seen = now.awake
+            if stall > STALL or slept - self.slept > STALL:
+                self.slept, value = slept, self.read(min(last, now.awake))
+                self.stop(value, now.awake + min(max(GRACE, stall), GRACE_AT_MOST))
+            return Now(now.wall, self.read(now.awake), now.boot, max(0, self.resumed - now.awake))
+
+    def expect(self, pause: int) -> None:
+        """It will be read again within so many milliseconds, or something has held us up."""
+        with self.store.guard:
+            self.expected = self.seen + pause
+
 
 class AskerGone(Exception):
     """Whoever asked has hung up: nothing may be given, and there is nobody to answer."""
@@ -1912,9 +2242,12 @@ class AskerGone(Exception):
 class Asker:
     """Who asks, as far as the request says; HTTP knows a subclass that has a connection."""
 
-    def __init__(self, agent: Optional[str] = None, pid: Optional[int] = None, after: Optional[int] = None) -> None:
+    def __init__(self, agent: Optional[str] = None, pid: Optional[int] = None, after: Optional[int] = None,
+                 key: Optional[str] = None) -> None:
         self.agent, self.pid = agent, pid
         self.after = after  # Last-Event-ID: the last event that a stream's reader has seen
+        self.key = key  # Idempotency-Key, of a request that may come again and is to be performed once
+        self.request: Optional[tuple[bytes, bytes]] = None  # digests of such a request: which one it is, and its fields
         self.undo: Optional[Callable[[], None]] = None  # what to do when the answer does not reach the asker
 
     def who(self, name: Optional[str]) -> Optional[str]:
@@ -1929,8 +2262,34 @@ class Asker:
         if not self.connected():
             raise AskerGone
 
+    def answer(self, tx: Transaction, reply: Reply) -> Reply:
+        """The last thing of a transaction whose answer must not come from doing it twice."""
+        if self.request:
+            answer_keep(tx, *self.request, reply)
+            self.undo = None  # who asks again gets the same answer
+        self.stay()
+        return reply
+
     def watch(self, waiter: Waiter) -> None:
         """Called before the asker is made to wait, so that a hang-up can wake the waiter."""
+
+
+def open_store(path: str, now: Now) -> Store:
+    """The database; a damaged one is moved aside, loudly, and what can be read of it taken over."""
+    try:
+        return Store(path, now)
+    except PortDaddyError as problem:
+        if problem.code != "CORRUPT":
+            raise
+        log(f"DAMAGED: {problem}")
+    suffix = time.strftime("corrupt-%Y%m%d-%H%M%S")
+    copy = move_aside(path, suffix)
+    store = Store(path, now)
+    kept = store.salvage(copy, now)
+    for end in ("", "-wal", "-shm"):
+        remove_file(copy + end)
+    log(f"DAMAGED: it is now {path}.{suffix}; {kept} services were taken over, and nothing else")
+    return store
 
 
 class Daemon:
@@ -1938,20 +2297,24 @@ class Daemon:
 
     def __init__(self, settings: Settings, clock: Optional[Clock] = None) -> None:
         self.settings, self.clock, self.bell = settings, clock or Clock(), Bell()
-        self.store = Store(os.path.join(settings.home, "port_daddy.db"), self.clock.now())
+        self.store = open_store(os.path.join(settings.home, "port_daddy.db"), self.clock.now())
+        self.leases = LeaseClock(self.clock, self.store)
+        self.now = self.leases.now
         self.port = settings.port  # the real one, once a server has bound it
         self.instance, self.started = os.urandom(6).hex(), self.clock.now()
         # Awake: when the next tick is due. A lease that ends earlier rings the keeper; while a tick runs it is beyond
         # everything, so that what is written after the tick has looked rings too.
         self.planned = 0
-        self.pruned = 0  # wall: when `prune` last ran
+        self.pruned = self.started.awake  # when `prune` last ran, on the clock of the machine
+        self.performing: dict[bytes, bytes] = {}  # requests with an Idempotency-Key that are being performed
         # The listener (its key) that each service was last seen with; empty after a start, when all are looked at anew.
         self.adopted: dict[str, int] = {}
         self.sha256 = file_hash(os.path.abspath(__file__))
         self._listening: tuple[float, dict[int, list[Listener]]] = (0.0, {})
 
     def write(self) -> contextlib.AbstractContextManager[Transaction]:
-        return self.store.transaction(self.clock.now, self._ring)
+        self.now()  # a stall is noted before the transaction rather than in it, where it could be rolled back
+        return self.store.transaction(self.now, self._ring)
 
     def _ring(self, tx: Transaction) -> None:
         self.bell.ring(*tx.topics)
@@ -2032,7 +2395,7 @@ class Daemon:
 
     def supervised(self, row: Any) -> bool:
         """Whether an agent that is alive has said that it checks this service itself."""
-        return row["checker"] is not None and agent_alive(self.store, row["checker"], self.clock.now().awake) is not None
+        return row["checker"] is not None and agent_alive(self.store, row["checker"], self.now().awake) is not None
 
     def check_health(self, row: Any) -> None:
         """Ask a service whether it is well: its health URL, else whether its port answers."""
@@ -2069,13 +2432,16 @@ class Daemon:
 
     def sweep_messages(self) -> None:
         """What every reader of messages does first."""
-        if self.store.value("SELECT 1 FROM MESSAGES WHERE expires <= ? LIMIT 1", self.clock.now().awake):
+        if self.store.value("SELECT 1 FROM MESSAGES WHERE expires <= ?1 UNION ALL SELECT 1 FROM TASKS WHERE due > 0 AND "
+                            "due <= ?1 LIMIT 1", self.now().awake):
             with self.write() as tx:
                 message_sweep(tx)
+                task_sweep(tx)
 
     def tick(self, now: Now) -> int:
         """Do what time has made due; how many milliseconds nothing more will be, if nothing is written meanwhile."""
         self.planned = MAX_INTEGER  # whatever is written from here on may be due before the next tick: let it ring
+        self.leases.expect(2 * LOOK_EVERY)  # also when this fails
         bound = self.store.rows("SELECT pid, birth FROM LOCKS WHERE birth IS NOT NULL UNION "
                                 "SELECT pid, birth FROM AGENTS WHERE birth IS NOT NULL")
         dead = [(row["pid"], row["birth"]) for row in bound if not process_lives(row["pid"], row["birth"])]
@@ -2083,20 +2449,25 @@ class Daemon:
             listening = self.listening()
             with self.write() as tx:
                 self._expire(tx, dead, listening)
-        if not 0 <= now.wall - self.pruned < PRUNE_EVERY:
-            self.pruned = now.wall
+        machine = self.clock.now().awake
+        if self.store.trouble or not 0 <= machine - self.pruned < PRUNE_EVERY:  # when in trouble, see if it is over
             with self.write() as tx:
-                prune(tx)
-        pause = min(self._due() - now.awake, TICK_FOR_PROCESSES if bound else TICK_AT_MOST)
+                prune(tx, max(0, machine - self.pruned))
+            self.pruned = machine
+        due = self._due()
+        often = bound or due < MAX_INTEGER or self.store.trouble  # while there are leases, we look whether we are held up
+        pause = max(0, min(due - now.awake + now.pause, LOOK_EVERY if often else TICK_AT_MOST))
         self.planned = now.awake + pause
-        return max(pause, 0)
+        self.leases.expect(pause)
+        return pause
 
     def _due(self) -> int:
-        """The earliest end of anything, on the awake clock."""
-        return int(self.store.value(
-            "SELECT min(coalesce((SELECT min(expires) FROM LOCKS), ?1), coalesce((SELECT min(expires) FROM AGENTS WHERE "
-            "alive), ?1), coalesce((SELECT min(expires) FROM SERVICES), ?1), coalesce((SELECT min(expires) FROM MESSAGES "
-            "WHERE expires IS NOT NULL), ?1))", MAX_INTEGER))
+        """The earliest end of anything, on the clock of leases."""
+        return int(self.store.value("SELECT min(coalesce(x, ?)) FROM (SELECT min(expires) AS x FROM LOCKS UNION ALL SELECT "
+                                    "min(expires) FROM CLOSED UNION ALL SELECT min(expires) FROM AGENTS WHERE alive UNION "
+                                    "ALL SELECT min(expires) FROM SERVICES UNION ALL SELECT min(expires) FROM MESSAGES "
+                                    "WHERE expires IS NOT NULL UNION ALL SELECT min(due) FROM TASKS WHERE due > 0)",
+                                    MAX_INTEGER))
 
     def _expire(self, tx: Transaction, dead: Sequence[tuple[int, int]], listening: Mapping[int, Any]) -> None:
         def survives(service: Any) -> bool:
@@ -2106,6 +2477,7 @@ class Daemon:
 
         awake = tx.now.awake
         lock_sweep(tx, "expires <= ?", awake)
+        lock_open(tx)
         ended = [row["id"] for row in tx.rows("SELECT id FROM AGENTS WHERE alive AND expires <= ?", awake)]
         for process in dead:
             lock_sweep(tx, "pid = ? AND birth = ?", *process, reason="process")
@@ -2114,6 +2486,7 @@ class Daemon:
             agent_die(tx, agent, survives)
         service_delete(tx, tx.rows("SELECT * FROM SERVICES WHERE expires <= ?", awake), None)
         message_sweep(tx)
+        task_sweep(tx)
 
 
 # ======================================================================================================================
@@ -2196,6 +2569,39 @@ class Operation:
                               f"(this daemon is version {__version__})", field=wire[:60], version=__version__)
 
 
+KEYED = ("/msg", "/locks", "/webhooks")  # where a POST honours an Idempotency-Key
+
+
+def perform(daemon: Daemon, asker: Asker, one: Operation, path: str, fields: dict[str, Any]) -> Any:
+    """Run an operation; under an Idempotency-Key once, whoever asks again with the same key, path and agent gets the answer
+    of the first. What failed has changed nothing, and is tried again.
+
+    (https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header)"""
+    if asker.key is None:
+        return one.function(daemon, asker, **fields)
+    import hashlib
+    scope, body = (hashlib.blake2b(text.encode(), digest_size=16).digest()
+                   for text in (f"{asker.key} {path} {asker.agent}", json.dumps(fields, sort_keys=True)))
+    while True:
+        row = answer_row(daemon.store, scope, daemon.now().awake)
+        before = row["body"] if row else daemon.performing.setdefault(scope, body)  # one step: the first is the first
+        if before != body:
+            raise PortDaddyError("KEY_REUSED", "this Idempotency-Key came with other fields before; a new request wants a "
+                                 "new key")
+        if row:
+            return json.loads(row["reply"])
+        if before is body:
+            break
+        daemon.wait(asker, lambda: scope not in daemon.performing or None, 3_600_000, [f"key:{scope.hex()}"])
+        asker.stay()
+    asker.request = scope, body
+    try:
+        return one.function(daemon, asker, **fields)
+    finally:
+        del daemon.performing[scope]
+        daemon.bell.ring(f"key:{scope.hex()}")
+
+
 OPERATIONS: list[Operation] = []
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -2228,8 +2634,8 @@ def from_json(text: Optional[str]) -> Any:
 
 
 def wall(now: Now, expires: Optional[int]) -> Optional[int]:
-    """When a lease that ends on the awake clock will end on the wall's, if nobody sleeps or sets the clock."""
-    return None if expires is None else now.wall + expires - now.awake
+    """When a lease that ends on the clock of leases will end on the wall's, if nobody sleeps or sets the clock."""
+    return None if expires is None else now.wall + now.pause + expires - now.awake
 
 
 def bind_pid(pid: Optional[int]) -> tuple[dict[str, Any], Optional[str]]:
@@ -2442,7 +2848,7 @@ def remove_service(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
 def list_services(daemon: Daemon, asker: Asker, pattern: ServicePattern = "*", status: Optional[Status] = None,
                   port: Optional[Port] = None, expired: Optional[Bool] = None, limit: Optional[Rows] = None) -> Reply:
     """List the services that a pattern covers."""
-    now = daemon.clock.now()
+    now = daemon.now()
     rows = daemon.store.rows(
         "SELECT * FROM SERVICES WHERE id GLOB ? AND (? IS NULL OR status = ?) AND (? IS NULL OR port = ?) AND "
         "(? IS NULL OR (expires IS NOT NULL AND expires <= ?) = ?) ORDER BY id LIMIT ?",
@@ -2460,7 +2866,7 @@ def list_health(daemon: Daemon, asker: Asker) -> Reply:
 def service_health(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
     """Whether a service is well: the last check, or a new one when that is older than five seconds."""
     row = need_service(daemon.store, id)
-    if not daemon.supervised(row) and not 0 <= daemon.clock.now().wall - (row["checked"] or 0) < HEALTH_EVERY:
+    if not daemon.supervised(row) and not 0 <= daemon.now().wall - (row["checked"] or 0) < HEALTH_EVERY:
         daemon.observe()
         daemon.check_health(row)
         row = need_service(daemon.store, id)
@@ -2470,7 +2876,7 @@ def service_health(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
 @operation("GET /services/{id}")
 def get_service(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
     """Everything about one service."""
-    service = service_view(need_service(daemon.store, id), daemon.clock.now())
+    service = service_view(need_service(daemon.store, id), daemon.now())
     return ok(**service, service=service)
 
 
@@ -2535,7 +2941,7 @@ def wait_for_services(daemon: Daemon, asker: Asker, services: IdentityList, time
         rows = {identity: service_row(daemon.store, identity) for identity in waiting}
         states = [f"{identity} ({row['status'] if row else 'never claimed'})" for identity, row in rows.items()]
         raise PortDaddyError("TIMED_OUT", f"not up after {span(timeout)}: {', '.join(states)}", waitingFor=waiting)
-    now = daemon.clock.now()
+    now = daemon.now()
     found = [service_row(daemon.store, identity) for identity in services]
     return ok(services=[service_view(row, now) for row in found if row], healthy=True,
               message=f"{', '.join(services)}: up")
@@ -2631,7 +3037,7 @@ def publish(daemon: Daemon, asker: Asker, channel: ChannelName, payload: Payload
     """Publish a message: to one worker of each group, to everybody who follows, and to the log of the channel."""
     with daemon.write() as tx:
         number = message_append(tx, channel, payload, asker.who(sender), expires)
-    return ok(id=number, channel=channel, message=f"published as {number} in {channel}")
+        return asker.answer(tx, ok(id=number, channel=channel, message=f"published as {number} in {channel}"))
 
 
 @operation("GET /msg/{channel}", shows="messages: id createdAt sender payload", quiet="payload")
@@ -2652,37 +3058,54 @@ def get_messages(daemon: Daemon, asker: Asker, channel: ChannelName, limit: Coun
 
 @operation("GET /msg/{channel}/poll", command="poll", quiet="message.payload", example="pd poll tasks --timeout 30s")
 def poll(daemon: Daemon, asker: Asker, channel: ChannelPattern, timeout: PollTime = 30_000, after: Optional[Cursor] = None,
-         group: Optional[GroupName] = None) -> Reply:
+         group: Optional[GroupName] = None, lease: Optional[Duration] = None,
+         max_attempts: Optional[Attempts] = None) -> Reply:
     """Wait for the next message: as one worker of a group, or, with after, as a reader with a cursor of its own."""
-    if after is not None and group is not None:
-        raise PortDaddyError("BAD_VALUE", "after and group are two ways to read: give after to see every message, or "
-                             "group to share them among workers", field="after")
+    if after is not None and (group is not None or lease is not None):
+        raise PortDaddyError("BAD_VALUE", "after reads every message with a cursor of your own; group and lease share them "
+                             "among workers: give one or the other", field="after")
+    if max_attempts is not None and lease is None:
+        raise PortDaddyError("BAD_VALUE", "maxAttempts counts leases: give a lease, such as 30s, too", field="maxAttempts")
     if after is not None:
         return poll_after(daemon, asker, channel, timeout, after)
     if "*" in channel:
         raise PortDaddyError("BAD_VALUE", "a worker polls one channel by name; a pattern can be followed (pd sub), or "
                              "polled with after", field="channel")
     team = group or "default"
+    seen = note_poll(daemon, channel, team, lease is not None)
 
-    def take() -> Optional[Any]:
+    def take() -> Optional[tuple[Any, Optional[str], Now]]:
         daemon.sweep_messages()
-        if not message_waiting(daemon.store, channel, team):
+        if not message_waiting(daemon.store, channel, team, daemon.now().awake):
             return None
         with daemon.write() as tx:
-            message = message_take(tx, channel, team)
+            found = message_take(tx, channel, team, lease, max_attempts or 5, asker.agent)
             asker.stay()
-        return message
+        return (*found, tx.now) if found else None
 
-    def put_back(number: int) -> None:
+    taken = daemon.wait(asker, take, timeout, [f"channel:{channel}"], line=team)
+    if not taken:
+        if timeout:
+            seen = note_poll(daemon, channel, team, lease is not None)
+        return ok(message=None, lastId=seen)
+    message, receipt, now = taken
+
+    def put_back() -> None:
         with daemon.write() as tx:
-            message_return(tx, channel, team, number)
+            message_return(tx, channel, team, message["id"], receipt)
 
-    message = daemon.wait(asker, take, timeout, [f"channel:{channel}"], line=team)
-    if message:
-        asker.undo = lambda: put_back(message["id"])
-        return ok(message=message_view(message), lastId=message["id"])
-    cursor = daemon.store.value("SELECT cursor FROM READERS WHERE channel = ? AND team = ?", channel, team)
-    return ok(message=None, lastId=cursor or 0)
+    asker.undo = put_back
+    leased = {"receipt": receipt, "attempt": message["attempts"] + 1, "leaseExpiresAt": wall(now, now.awake + (lease or 0))}
+    return ok(message=message_view(message), lastId=message["id"], **(leased if receipt else {}))
+
+
+def note_poll(daemon: Daemon, channel: str, team: str, leasing: bool) -> int:
+    """Make a group known when it first polls, and tell when it last did, to the second; how far it has read."""
+    row = daemon.store.row("SELECT * FROM READERS WHERE channel = ? AND team = ?", channel, team)
+    if not row or leasing > row["leasing"] or abs(daemon.now().wall - row["polled"]) > 1_000:
+        with daemon.write() as tx:
+            reader_join(tx, channel, team, leasing)
+    return row["cursor"] if row else 0
 
 
 def poll_after(daemon: Daemon, asker: Asker, pattern: str, timeout: int, after: int) -> Reply:
@@ -2755,6 +3178,92 @@ def subscribe(daemon: Daemon, asker: Asker, channel: ChannelPattern, after: Opti
     return follow_topics(daemon, asker, [topic], opening, read)
 
 
+def need_task(tx: Transaction, channel: str, team: str, receipt: str) -> Any:
+    row = task_row(tx, channel, team, receipt, tx.now.awake)
+    if not row:
+        raise PortDaddyError("STALE_RECEIPT", f"receipt {receipt} is not that of a running lease of the group {team}: it "
+                             "was answered, or its time is over and another worker may have the message; stop its work",
+                             channel=channel, group=team, receipt=receipt)
+    return row
+
+
+@operation("POST /msg/{channel}/ack")
+def ack(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, group: GroupName = "default") -> Reply:
+    """Say that a leased message is done: the group will not get it again."""
+    with daemon.write() as tx:
+        row = need_task(tx, channel, group, receipt)
+        task_done(tx, row)
+        return asker.answer(tx, ok(id=row["message"], acked=True, message=f"{row['message']} is done"))
+
+
+@operation("POST /msg/{channel}/nack")
+def nack(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, group: GroupName = "default",
+         delay: Delay = 0, error: Optional[Line] = None) -> Reply:
+    """Give a leased message back: the group gets it again after the delay or, after its last attempt, it is dead."""
+    with daemon.write() as tx:
+        row = need_task(tx, channel, group, receipt)
+        dead = task_fail(tx, row, error, delay)
+        return asker.answer(tx, ok(id=row["message"], dead=dead, attempt=row["attempts"], message=(
+            f"{row['message']} is {'dead' if dead else 'given back'} after attempt {row['attempts']} of {row['most']}")))
+
+
+@operation("POST /msg/{channel}/touch")
+def touch(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, group: GroupName = "default",
+          lease: Optional[Duration] = None) -> Reply:
+    """Go on working on a leased message: its lease begins anew."""
+    with daemon.write() as tx:
+        row = need_task(tx, channel, group, receipt)
+        ttl = lease or row["ttl"]
+        task_update(tx, row, due=tx.lasts(ttl), ttl=ttl)
+        return asker.answer(tx, ok(id=row["message"], leaseExpiresAt=wall(tx.now, tx.now.awake + ttl),
+                                   message=f"{row['message']} is leased for {span(ttl)} more"))
+
+
+@operation("GET /msg/{channel}/groups", command="groups", shows="groups: group backlog leased dead lastPollAt",
+           quiet="group", example="pd groups tasks")
+def list_groups(daemon: Daemon, asker: Asker, channel: ChannelName) -> Reply:
+    """List the groups that work on a channel, and what each has before it."""
+    rows = daemon.store.rows(
+        "SELECT team, polled, (SELECT count(*) FROM MESSAGES WHERE channel = ?1 AND id > cursor) AS new, "
+        "count(CASE WHEN receipt IS NULL AND due IS NOT NULL THEN 1 END) AS waiting, count(receipt) AS leased, "
+        "count(died) AS dead FROM READERS LEFT JOIN TASKS USING (channel, team) WHERE READERS.channel = ?1 "
+        "GROUP BY team ORDER BY team", channel)
+    return listing("groups", [{"group": row["team"], "backlog": row["new"] + row["waiting"], "leased": row["leased"],
+                               "dead": row["dead"], "lastPollAt": row["polled"]} for row in rows])
+
+
+@operation("DELETE /msg/{channel}/groups/{group}", command="groups rm", quiet="removed",
+           example="pd groups rm tasks builders")
+def remove_group(daemon: Daemon, asker: Asker, channel: ChannelName, group: GroupName) -> Reply:
+    """Forget a group, with its leases and its dead letters; when it polls again, it begins at the oldest message."""
+    with daemon.write() as tx:
+        removed = tx.run("DELETE FROM READERS WHERE channel = ? AND team = ?", channel, group) == 1
+        tx.run("DELETE FROM TASKS WHERE channel = ? AND team = ?", channel, group)
+    return ok(channel=channel, group=group, removed=removed,
+              message=f"the group {group} is {'forgotten' if removed else 'not known'} in {channel}")
+
+
+@operation("GET /msg/{channel}/dead", command="dead", shows="messages: id group attempts error diedAt payload", quiet="id",
+           example="pd dead tasks")
+def list_dead(daemon: Daemon, asker: Asker, channel: ChannelName, group: Optional[GroupName] = None) -> Reply:
+    """List the dead letters: messages that a group has given up, and why."""
+    rows = daemon.store.rows("SELECT MESSAGES.*, team, attempts, error, died FROM TASKS JOIN MESSAGES ON id = message "
+                             "WHERE TASKS.channel = ? AND died IS NOT NULL AND team = ifnull(?, team) ORDER BY id, team",
+                             channel, group)
+    return listing("messages", [{**message_view(row), "group": row["team"], "attempts": row["attempts"],
+                                 "error": row["error"], "diedAt": row["died"]} for row in rows])
+
+
+@operation("POST /msg/{channel}/redrive", command="redrive", quiet="redriven", example="pd redrive tasks --id 42")
+def redrive(daemon: Daemon, asker: Asker, channel: ChannelName, group: Optional[GroupName] = None,
+            id: Optional[Cursor] = None) -> Reply:
+    """Let dead letters be worked on again, all or one, with all their attempts before them."""
+    with daemon.write() as tx:
+        count = task_redrive(tx, channel, group, id)
+        return asker.answer(tx, ok(redriven=count, message=f"{count or 'no'} dead letter{'s' * (count != 1)} of {channel} "
+                                   f"wait{'s' * (count == 1)} again"))
+
+
 @operation("DELETE /msg/{channel}", command="clear", quiet="deleted", example="pd clear tasks")
 def clear_channel(daemon: Daemon, asker: Asker, channel: ChannelName) -> Reply:
     """Delete the messages of a channel; its readers are told that there was a gap."""
@@ -2777,68 +3286,80 @@ def list_channels(daemon: Daemon, asker: Asker) -> Reply:
 
 # --- locks ------------------------------------------------------------------------------------------------------------
 
-def lock_view(daemon: Daemon, name: str, row: Optional[Any], now: Now) -> Reply:
-    facts = row or dict.fromkeys(("owner", "token", "pid", "acquired", "expires", "metadata"))
-    holder = {"owner": facts["owner"], "token": facts["token"], "pid": facts["pid"], "acquiredAt": facts["acquired"],
-              "expiresAt": wall(now, facts["expires"])}
-    return {"name": name, "held": row is not None, **holder, "waiting": daemon.bell.waiting(f"lock:{name}"),
-            "metadata": from_json(facts["metadata"]), "holders": [holder] if row else []}
+def lock_view(daemon: Daemon, name: str, rows: Sequence[Any], now: Now) -> Reply:
+    """A lock: its first holder at the top, all of them under `holders`."""
+    holders = [{"owner": row["owner"], "token": row["token"], "pid": row["pid"], "acquiredAt": row["acquired"],
+                "expiresAt": wall(now, row["expires"])} for row in rows]
+    first = holders[0] if holders else dict.fromkeys(("owner", "token", "pid", "acquiredAt", "expiresAt"))
+    return {"name": name, "held": bool(rows), **first, "waiting": daemon.bell.waiting(f"lock:{name}"),
+            "limit": rows[0]["seats"] if rows else None, "metadata": from_json(rows[0]["metadata"]) if rows else None,
+            "holders": holders}
 
 
 def lock_held(daemon: Daemon, name: str, waited: int) -> PortDaddyError:
     """The refusal of a lock: who holds it, since when and how long, who waits, and when to ask again."""
-    now = daemon.clock.now()
-    row = lock_row(daemon.store, name, now.awake)
+    now = daemon.now()
+    rows, store = lock_rows(daemon.store, name, now.awake), daemon.store
+    closed = store.value("SELECT expires FROM CLOSED WHERE name = ? AND expires > ?", name, now.awake)
     waiting, said = daemon.bell.waiting(f"lock:{name}"), f" after {span(waited)} of waiting" if waited else ""
-    left = max(0, row["expires"] - now.awake) if row else 100
-    state = (f"held by {row['owner'] or 'somebody without a name'} for {span(left)} more" if row else
-             "free this instant, for the first of those who wait")
+    until = closed or min((row["expires"] for row in rows), default=now.awake + 100)
+    left = until - now.awake + now.pause
+    who = ", ".join(row["owner"] or "somebody without a name" for row in rows[:3]) + (" and others" if rows[3:] else "")
+    state = (f"closed for {span(left)} more, since its last holder did not release it" if closed else
+             f"held by {who} for {span(left)} more" if rows else "free this instant, for the first of those who wait")
+    first = rows[0] if rows else {"owner": None, "acquired": None}
     return PortDaddyError(
         "LOCK_HELD", f"lock {name} is {state}{said}; give it longer (wait), or ask the holder",
-        holder=row and row["owner"], heldSince=row and row["acquired"], expiresAt=row and wall(now, row["expires"]),
+        holder=first["owner"], heldSince=first["acquired"], expiresAt=wall(now, until) if rows else None,
         waiting=waiting, retryAfter=left, waited=waited)
 
 
 @operation("POST /locks/{name...}", command="lock", quiet="token",
            example="TOKEN=$(pd lock db-migration --owner me --ttl 2m -q)")
 def lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] = None, ttl: Duration = 300_000,
-         wait: LockWait = 0, pid: Optional[Pid] = None, metadata: Optional[Metadata] = None) -> Reply:
-    """Take a lock, or wait for it in line: one holder, a lease that ends, a fencing token that only grows."""
+         wait: LockWait = 0, pid: Optional[Pid] = None, limit: Seats = 1, lock_delay: Delay = 0,
+         metadata: Optional[Metadata] = None) -> Reply:
+    """Take a lock, or wait for it in line: one holder (or limit), a lease that ends, a fencing token that only grows."""
     owner, began = asker.who(owner), time.monotonic()
     bound, warning = bind_pid(pid)
 
-    def take() -> Optional[tuple[int, Now]]:
+    def take() -> Optional[Reply]:
         with daemon.write() as tx:
             quota(tx, owner, "max_locks", "LOCKS", "owner")
-            token = lock_take(tx, name, owner, ttl, pid, bound.get("birth"), metadata)
-            if token and bound:
+            token = lock_take(tx, name, owner, ttl, pid, bound.get("birth"), limit, lock_delay, metadata)
+            if not token:
+                return None
+            if bound:
                 tx.ring("keeper")
-            asker.stay()
-            return (token, tx.now) if token else None
+            return asker.answer(tx, ok(
+                warning, name=name, owner=owner, token=token, acquiredAt=tx.now.wall,
+                expiresAt=wall(tx.now, tx.now.awake + ttl), waited=round((time.monotonic() - began) * 1000),
+                message=f"{owner or 'somebody'} holds {name} for {span(ttl)}"))
 
     def give_back() -> None:
         with daemon.write() as tx:
-            row = tx.row("SELECT * FROM LOCKS WHERE name = ? AND token = ?", name, grant[0] if grant else 0)
+            row = tx.row("SELECT * FROM LOCKS WHERE name = ? AND token = ?", name, grant["token"] if grant else 0)
             if row:
                 lock_free(tx, row, "lock.release", "the holder had gone before it was told")
 
-    grant = daemon.wait(asker, take, wait, [f"lock:{name}"], line="", turn=True)
-    waited = round((time.monotonic() - began) * 1000)
-    if grant is None:
-        raise lock_held(daemon, name, waited if wait else 0)
     asker.undo = give_back
-    token, now = grant
-    return ok(warning, name=name, owner=owner, token=token, acquiredAt=now.wall, expiresAt=now.wall + ttl,
-              waited=waited, message=f"{owner or 'somebody'} holds {name} for {span(ttl)}")
+    grant = daemon.wait(asker, take, wait, [f"lock:{name}"], line="", turn=True)
+    if grant is None:
+        raise lock_held(daemon, name, round((time.monotonic() - began) * 1000) if wait else 0)
+    return grant
 
 
 def own_lock(tx: Transaction, asker: Asker, name: str, owner: Optional[str], token: Optional[int]) -> Optional[Any]:
-    """The lock, if the asker may extend or release it: by its current token, else as its owner. None: it is free."""
-    row = lock_row(tx, name, tx.now.awake)
-    if token is not None and (not row or row["token"] != token):
-        raise LockLost("LOCK_LOST", f"token {token} is no longer the one of lock {name}: the lease ended"
-                       f"{' and the lock is held by ' + str(row['owner']) if row else ''}; stop, and take it again",
-                       holder=row and row["owner"])
+    """The lease, if the asker may extend or release it: by its current token, else as its owner. None: the lock is free."""
+    rows = lock_rows(tx, name, tx.now.awake)
+    row = next((row for row in rows if token in (None, row["token"])), None)
+    if token is not None and not row:
+        raise LockLost("LOCK_LOST", f"token {token} is no longer one of lock {name}: the lease ended"
+                       f"{' and the lock is held by ' + str(rows[0]['owner']) if rows else ''}; stop, and take it again",
+                       holder=rows[0]["owner"] if rows else None)
+    if row and token is None and row["seats"] > 1:
+        raise PortDaddyError("BAD_VALUE", f"lock {name} has room for {row['seats']} holders: say by its token which one is "
+                             "meant", field="token")
     if row and token is None and row["owner"] not in (None, asker.who(owner)):
         raise PortDaddyError("NOT_OWNER", f"lock {name} is held by {row['owner']}; release it as that owner, with its "
                              "token, or by force", holder=row["owner"])
@@ -2855,9 +3376,8 @@ def extend_lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[Ag
         if not row:
             raise LockLost("LOCK_LOST", f"nobody holds lock {name}; if you did, its lease has ended: stop, and take it "
                            "again", holder=None)
-        tx.run("UPDATE LOCKS SET expires = ?, ttl = ? WHERE name = ?", tx.lasts(ttl), ttl, name)
-        expires = tx.now.wall + ttl
-    return ok(name=name, owner=row["owner"], token=row["token"], expiresAt=expires,
+        tx.run("UPDATE LOCKS SET expires = ?, ttl = ? WHERE name = ? AND token = ?", tx.lasts(ttl), ttl, name, row["token"])
+    return ok(name=name, owner=row["owner"], token=row["token"], expiresAt=wall(tx.now, tx.now.awake + ttl),
               message=f"{name} is held for {span(ttl)} more")
 
 
@@ -2865,30 +3385,32 @@ def extend_lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[Ag
            example="pd unlock db-migration --token $TOKEN")
 def unlock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] = None,
            token: Optional[Fence] = None, force: Bool = False) -> Reply:
-    """Release a lock to the first of those who wait for it."""
+    """Release a lock to the first of those who wait for it; by force, whoever holds it."""
     with daemon.write() as tx:
-        row = lock_row(tx, name, tx.now.awake) if force else own_lock(tx, asker, name, owner, token)
-        released = row is not None and lock_free(tx, row, "lock.release", "forced" if force else "released")
-    return ok(name=name, released=released, message=f"released {name}" if released else f"nobody held {name}")
+        rows = lock_rows(tx, name, tx.now.awake) if force else filter(None, [own_lock(tx, asker, name, owner, token)])
+        released = [lock_free(tx, row, "lock.release", "forced" if force else "released") for row in rows]
+    return ok(name=name, released=bool(released), message=f"released {name}" if released else f"nobody held {name}")
 
 
 @operation("GET /locks/{name...}", command="check", quiet="valid|held", example="pd check db-migration")
 def check_lock(daemon: Daemon, asker: Asker, name: LockName, token: Optional[Fence] = None) -> Reply:
     """Who holds a lock, and, given a token, whether that is still a current one."""
-    now = daemon.clock.now()
-    reply = ok(**lock_view(daemon, name, lock_row(daemon.store, name, now.awake), now))
+    now = daemon.now()
+    reply = ok(**lock_view(daemon, name, lock_rows(daemon.store, name, now.awake), now))
     if token is not None:
-        reply["valid"] = reply["token"] == token
+        reply["valid"] = token in [holder["token"] for holder in reply["holders"]]
     return reply
 
 
 @operation("GET /locks", command="locks [pattern]", shows="locks: name owner token expiresAt waiting pid", quiet="name")
 def list_locks(daemon: Daemon, asker: Asker, owner: Optional[AgentId] = None, pattern: LockPattern = "*") -> Reply:
     """List the locks that are held."""
-    now = daemon.clock.now()
-    rows = daemon.store.rows("SELECT * FROM LOCKS WHERE expires > ? AND name GLOB ? AND (? IS NULL OR owner = ?) "
-                             "ORDER BY name", now.awake, pattern, owner, owner)
-    return listing("locks", [lock_view(daemon, row["name"], row, now) for row in rows])
+    now = daemon.now()
+    held: dict[str, list[Any]] = {}
+    for row in daemon.store.rows("SELECT * FROM LOCKS WHERE expires > ? AND name GLOB ? AND (? IS NULL OR owner = ?) "
+                                 "ORDER BY name, token", now.awake, pattern, owner, owner):
+        held.setdefault(row["name"], []).append(row)
+    return listing("locks", [lock_view(daemon, name, rows, now) for name, rows in held.items()])
 
 
 # --- agents -----------------------------------------------------------------------------------------------------------
@@ -2958,20 +3480,23 @@ def unregister(daemon: Daemon, asker: Asker, id: AgentId) -> Reply:
 def get_agent(daemon: Daemon, asker: Asker, id: AgentId) -> Reply:
     """One agent, with the services and locks it holds."""
     row = need(daemon.store, "AGENTS", id, "there is no agent {}; register it, or see `pd agents`")
-    return ok(agent=agent_view(daemon, row, daemon.clock.now()))
+    return ok(agent=agent_view(daemon, row, daemon.now()))
 
 
 @operation("GET /agents", command="agents", shows="agents: id name type pid isActive lastHeartbeat services locks",
            quiet="id", example="pd agents --active")
 def list_agents(daemon: Daemon, asker: Asker, active: Bool = False) -> Reply:
     """List the agents, the dead of the last day included."""
-    now = daemon.clock.now()
+    now = daemon.now()
     rows = daemon.store.rows("SELECT * FROM AGENTS ORDER BY registered, id")
     agents = [agent_view(daemon, row, now) for row in rows]
     return listing("agents", [agent for agent in agents if agent["isActive"] or not active])
 
 
 # --- webhooks ---------------------------------------------------------------------------------------------------------
+
+MAX_HOOKS = 100  # each may want a thread
+
 
 def hook_view(row: Any) -> Reply:
     return {"id": row["id"], "url": row["url"], "events": json.loads(row["events"]), "filterPattern": row["filter"],
@@ -2999,12 +3524,16 @@ def add_webhook(daemon: Daemon, asker: Asker, url: HttpUrl, events: Optional[Eve
     check_target(url, daemon.port, by_name=False)
     minted = mint(secret)
     hook = "hook_" + os.urandom(6).hex()
-    with daemon.write() as tx:
-        tx.run("INSERT INTO HOOKS VALUES (?, ?, ?, ?, ?, 1, ?, NULL, 0, 0, ?)", hook, url, to_json(events or ["*"]),
-               minted.get("secret", secret), filter_pattern, tx.now.wall, maybe_json(metadata))
     words = f"; its secret, which is shown only now: {minted['secret']}" if minted else ""
-    return ok(id=hook, url=url, events=events or ["*"], **minted,
-              message=f"{hook}: {', '.join(events or ['*'])} go to {url}{words}")
+    with daemon.write() as tx:
+        count = tx.value("SELECT count(*) FROM HOOKS")
+        if count >= MAX_HOOKS:
+            raise PortDaddyError("LIMIT", f"there are {count} webhooks, which is the limit; remove one", current=count,
+                                 max=MAX_HOOKS)
+        tx.run("INSERT INTO HOOKS VALUES (?, ?, ?, ?, ?, 1, ?, NULL, 0, 0, ?, 0)", hook, url, to_json(events or ["*"]),
+               minted.get("secret", secret), filter_pattern, tx.now.wall, maybe_json(metadata))
+        return asker.answer(tx, ok(id=hook, url=url, events=events or ["*"], **minted,
+                                   message=f"{hook}: {', '.join(events or ['*'])} go to {url}{words}"))
 
 
 @operation("GET /webhooks", command="webhook list", shows="webhooks: id url events active successCount failureCount",
@@ -3038,7 +3567,7 @@ def update_webhook(daemon: Daemon, asker: Asker, id: HookId, url: Optional[HttpU
         check_target(url, daemon.port, by_name=False)
     minted = mint(secret)
     columns = present(url=url, events=maybe_json(events), secret=minted.get("secret", secret), filter=filter_pattern,
-                      active=active, metadata=maybe_json(metadata))
+                      active=active, metadata=maybe_json(metadata), streak=0 if active else None)
     with daemon.write() as tx:
         need_hook(tx, id)
         update(tx, "HOOKS", id, **columns)
@@ -3062,7 +3591,7 @@ def test_webhook(daemon: Daemon, asker: Asker, id: HookId) -> Reply:
     with daemon.write() as tx:
         need_hook(tx, id)
         number = delivery_append(tx, id, tx.next_id(), "webhook.test", {"webhookId": id})
-    return ok(id=id, delivery=delivery_id(daemon, number), message=f"a test is on its way to {id}")
+        return asker.answer(tx, ok(id=id, delivery=delivery_id(daemon, number), message=f"a test is on its way to {id}"))
 
 
 def delivery_id(daemon: Daemon, number: int) -> str:
@@ -3075,13 +3604,27 @@ def delivery_id(daemon: Daemon, number: int) -> str:
            example="pd webhook deliveries hook_1f2e3d")
 def list_deliveries(daemon: Daemon, asker: Asker, id: HookId, limit: Count = 50) -> Reply:
     """List what was sent to a webhook and what is still to be sent, newest first."""
-    now = daemon.clock.now()
+    now = daemon.now()
     need_hook(daemon.store, id)
     rows = daemon.store.rows("SELECT * FROM DELIVERIES WHERE hook = ? ORDER BY id DESC LIMIT ?", id, limit)
     return listing("deliveries", [
         {"id": delivery_id(daemon, row["id"]), "event": row["event"], "status": row["status"],
          "attempts": row["attempts"], "responseStatus": row["response"], "durationMs": row["duration"],
          "nextAttemptAt": wall(now, row["due"]), "error": row["error"], "createdAt": row["created"]} for row in rows])
+
+
+@operation("POST /webhooks/{id}/deliveries/{delivery}/replay", command="webhook replay", quiet="delivery",
+           example="pd webhook replay hook_1f2e3d dlv_9c0a_42")
+def replay_delivery(daemon: Daemon, asker: Asker, id: HookId, delivery: HookId) -> Reply:
+    """Send a delivery once more under its own id, with all its retries before it."""
+    tag, _, number = delivery.rpartition("_")
+    with daemon.write() as tx:
+        need_hook(tx, id)
+        known = tag == f"dlv_{daemon.store.tag}" and number.isdigit() and delivery_replay(tx, id, int(number[:18]))
+        if not known:
+            raise PortDaddyError("NOT_FOUND", f"webhook {id} keeps no delivery {delivery}; see: pd webhook deliveries {id}",
+                                 id=delivery)
+        return asker.answer(tx, ok(id=id, delivery=delivery, status="pending", message=f"{delivery} is on its way again"))
 
 
 # --- the log and the daemon itself ------------------------------------------------------------------------------------
@@ -3120,12 +3663,17 @@ def events(daemon: Daemon, asker: Asker, type: Optional[EventPattern] = None, af
     return follow_topics(daemon, asker, topics, opening, read)
 
 
+def uptime(daemon: Daemon) -> int:
+    return daemon.clock.now().awake - daemon.started.awake
+
+
 @operation("GET /health")
 def health(daemon: Daemon, asker: Asker) -> Reply:
     """Whether the daemon is well."""
-    now = daemon.clock.now()
-    return {"status": "ok", "version": __version__, "uptime_seconds": (now.awake - daemon.started.awake) // 1000,
-            "active_ports": daemon.store.value("SELECT count(*) FROM SERVICES"), "pid": os.getpid()}
+    trouble = daemon.store.trouble
+    return {"status": "degraded" if trouble else "ok", "version": __version__, "uptime_seconds": uptime(daemon) // 1000,
+            "active_ports": daemon.store.value("SELECT count(*) FROM SERVICES"), "pid": os.getpid(),
+            **present(error=trouble)}
 
 
 @operation("GET /version")
@@ -3133,17 +3681,17 @@ def version(daemon: Daemon, asker: Asker) -> Reply:
     """Which daemon this is: its version, protocol, instance and file."""
     return {"service": "port-daddy", "version": __version__, "protocol": PROTOCOL, "instance": daemon.instance,
             "sha256": daemon.sha256, "startedAt": daemon.started.wall, "pid": os.getpid(),
-            "uptime": daemon.clock.now().awake - daemon.started.awake, "python": sys.version.split()[0]}
+            "uptime": uptime(daemon), "python": sys.version.split()[0]}
 
 
 @operation("GET /metrics")
 def metrics(daemon: Daemon, asker: Asker) -> Reply:
     """Numbers about the daemon: what it holds, who waits, how large it is."""
-    store, now = daemon.store, daemon.clock.now()
+    store = daemon.store
     counts = {camel(table.lower()): store.value(f"SELECT count(*) FROM {table}")
               for table in ("SERVICES", "CHANNELS", "MESSAGES", "LOCKS", "AGENTS", "EVENTS", "DELIVERIES")}
     return {**counts, "webhooks": store.value("SELECT count(*) FROM HOOKS"), "waiters": daemon.bell.crowd,
-            "lastId": store.ids.value, "lastToken": store.tokens.value, "uptime": now.awake - daemon.started.awake,
+            "lastId": store.ids.value, "lastToken": store.tokens.value, "uptime": uptime(daemon),
             "threads": threading.active_count()}
 
 
@@ -3252,20 +3800,20 @@ class Courier:
         self.daemon, self.errands = daemon, Errands()
 
     def work(self) -> int:
-        store, awake = self.daemon.store, self.daemon.clock.now().awake
+        store, (_, awake, _, held) = self.daemon.store, self.daemon.now()
         rows = store.rows("SELECT hook, min(due) AS due FROM DELIVERIES JOIN HOOKS ON HOOKS.id = hook "
                           "WHERE due IS NOT NULL AND active GROUP BY hook")
         for row in rows:
             if row["due"] <= awake:
                 self.errands.start(row["hook"], lambda hook=row["hook"]: self.serve(hook),  # type: ignore[misc]
                                    lambda: self.daemon.bell.ring("courier"))  # more may have fallen due meanwhile
-        waits: list[int] = [max(row["due"] - awake, 1) for row in rows if row["hook"] not in self.errands.running]
+        waits: list[int] = [max(row["due"] - awake + held, 1) for row in rows if row["hook"] not in self.errands.running]
         return min(waits, default=TICK_AT_MOST)
 
     def serve(self, hook: str) -> None:
         """Send what is due to one webhook, one after the other, until nothing is."""
         while not self.daemon.bell.closed:
-            row = delivery_due(self.daemon.store, hook, self.daemon.clock.now().awake)
+            row = delivery_due(self.daemon.store, hook, self.daemon.now().awake)
             if not row:
                 break
             self.send(row)
@@ -3282,8 +3830,9 @@ class Courier:
                 retry_after = answer.retry_after if response in (429, 503) else None
         except PortDaddyError as problem:
             error = str(problem)
+        retry = None if response == 410 else self.retry(row["attempts"], retry_after)
         with self.daemon.write() as tx:
-            delivery_settle(tx, row, self.retry(row["attempts"], retry_after), response,
+            delivery_settle(tx, row, retry, response,
                             round((time.monotonic() - began) * 1000), error)
 
     @staticmethod
@@ -3296,7 +3845,7 @@ class Courier:
 
     def headers(self, row: Any, body: bytes) -> dict[str, str]:
         """Both families: our own, and Standard Webhooks 1.0 (https://www.standardwebhooks.com)."""
-        number, now = delivery_id(self.daemon, row["id"]), self.daemon.clock.now().wall
+        number, now = delivery_id(self.daemon, row["id"]), self.daemon.now().wall
         headers = {"Content-Type": "application/json", "X-PortDaddy-Event": row["event"],
                    "X-PortDaddy-Delivery": number, "X-PortDaddy-Timestamp": str(now),
                    "webhook-id": number, "webhook-timestamp": str(now // 1000)}
@@ -3370,14 +3919,15 @@ MAX_LINE, MAX_HEAD, MAX_HEADERS = 8 * 1024, 32 * 1024, 100
 METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
            408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
-           415: "Unsupported Media Type", 429: "Too Many Requests", 431: "Request Header Fields Too Large",
-           500: "Internal Server Error", 501: "Not Implemented", 503: "Service Unavailable", 507: "Insufficient Storage"}
+           415: "Unsupported Media Type", 422: "Unprocessable Content", 429: "Too Many Requests",
+           431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
+           503: "Service Unavailable", 507: "Insufficient Storage"}
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!\"$-~]+) HTTP/1\.([01])\r\n")  # a target without # or blanks
 HEADER_BLOCK = re.compile(rb"(?:" + TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
 HEADER = re.compile(rb"([^:\r\n]+):([^\r\n]*)\r\n")
 SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "origin", "sec-fetch-site", "x-agent-id", "x-pid",
-          "last-event-id", "expect", "authorization")  # headers that may not be sent twice
+          "last-event-id", "expect", "authorization", "idempotency-key")  # headers that may not be sent twice
 FULL = (b'HTTP/1.1 503 Service Unavailable\r\nServer: port-daddy/\r\nRetry-After: 1\r\nConnection: close\r\n'
         b'Content-Type: application/json\r\nContent-Length: 84\r\n\r\n'
         b'{"success":false,"code":"BUSY","error":"all connections are taken; try again in 1s"} ')
@@ -3539,7 +4089,8 @@ class HttpAsker(Asker):
             return Field(name, name, kind_of(kind), False, None).check(value, read=True) if value else None
 
         self.connection = connection
-        super().__init__(said("X-Agent-Id", AgentId), said("X-Pid", Pid), said("Last-Event-ID", Cursor))
+        super().__init__(said("X-Agent-Id", AgentId), said("X-Pid", Pid), said("Last-Event-ID", Cursor),
+                         said("Idempotency-Key", RequestKey))
 
     def connected(self) -> bool:
         return has_peer(self.connection.socket)
@@ -3682,7 +4233,9 @@ class Connection:
         if body and method == "GET":
             raise PortDaddyError("BAD_REQUEST", "GET takes its fields from the query, not from a body")
         fields = one.bind(parse_body(request.headers, body), texts)
-        return one.function(self.server.daemon, asker, **fields)  # type: ignore[no-any-return]
+        if method != "POST" or not path.startswith(KEYED):
+            asker.key = None
+        return perform(self.server.daemon, asker, one, path, fields)  # type: ignore[no-any-return]
 
     def send(self, status: int, reply: Any, extra: str, asker: Optional[Asker]) -> bool:
         self.server.watcher.watched.pop(self.socket, None)
@@ -3745,6 +4298,7 @@ class Server:
                 other = read_daemon_file(home) or {"url": "an unknown address", "pid": "unknown"}
                 raise PortDaddyError("ALREADY_RUNNING", f"a daemon already serves {home}: pid {other['pid']} at "
                                      f"{other['url']}", **other)
+            self.home_lock = home_lock
             undo.callback(os.close, home_lock)
             doors = open_doors(self)
             for door in doors:
@@ -3761,14 +4315,14 @@ class Server:
             undo.callback(self.say_stop)
             self.watcher = Watcher(daemon)
             threads: list[threading.Thread] = [
-                Worker(daemon, "keeper", lambda: daemon.tick(daemon.clock.now())),
+                Worker(daemon, "keeper", lambda: daemon.tick(daemon.now())),
                 Worker(daemon, "checker", Checker(daemon).work), Worker(daemon, "courier", Courier(daemon).work),
                 Worker(daemon, "watcher", self.watcher.work),
                 *(threading.Thread(target=door.serve_forever, name="acceptor", daemon=True) for door in doors)]
             undo.callback(self.finish, doors, threads)
             for thread in threads:
                 thread.start()
-            undo.callback(remove_file, os.path.join(home, "daemon.json"))
+            undo.callback(self.remove_card)
             write_file(os.path.join(home, "daemon.json"), to_json({
                 "url": self.url, "pid": os.getpid(), "startedAt": daemon.started.wall, "instance": daemon.instance,
                 "version": __version__}))
@@ -3794,6 +4348,15 @@ class Server:
             time.sleep(0.005)
         for thread in threads:
             thread.join(1)
+
+    def owns_home(self) -> bool:
+        """Whether the state folder is still ours: one that was deleted may have another daemon by now."""
+        return same_file(os.path.join(self.settings.home, "daemon.lock"), self.home_lock) and os.path.exists(
+            os.path.join(self.settings.home, "port_daddy.db"))
+
+    def remove_card(self) -> None:
+        if (read_daemon_file(self.settings.home) or {}).get("instance") == self.daemon.instance:
+            remove_file(os.path.join(self.settings.home, "daemon.json"))
 
     def say_stop(self) -> None:
         with contextlib.suppress(PortDaddyError), self.daemon.write() as tx:
@@ -4003,6 +4566,7 @@ class Closing:
 
 SPAN = Period(0, 2 ** 40)
 AGAIN = ("claim", "heartbeat", "wait_for_services")  # POSTs that do the same when they are asked twice
+WITH_KEY = ("publish", "lock", "ack", "nack", "touch", "redrive", "add_webhook")  # those that do so by an Idempotency-Key
 
 
 def milliseconds(value: Union[int, str]) -> int:
@@ -4065,19 +4629,21 @@ class Caller(Closing):
         body = to_json(fields).encode("utf-8", "surrogatepass") if method in ("POST", "PUT") else b""
         if fields and not body:
             path += "?" + "&".join(f"{wire}={quote(plain(value))}" for wire, value in fields.items())
-        again = name in AGAIN or method in ("GET", "PUT") and (name != "poll" or "after" in fields) or (
+        headers = {**self.headers(), "Idempotency-Key": os.urandom(12).hex()} if name in WITH_KEY else self.headers()
+        again = name in AGAIN + WITH_KEY or method in ("GET", "PUT") and (name != "poll" or "after" in fields) or (
             name == "register" and bool(self.agent_id or fields.get("id")))
-        return self._exchange(method, path, body, (self.timeout + wait) / 1000, again)
+        return self._exchange(method, path, headers, body, (self.timeout + wait) / 1000, again)
 
-    def _exchange(self, method: str, path: str, body: bytes, timeout: float, again: bool) -> Reply:
+    def _exchange(self, method: str, path: str, headers: Mapping[str, str], body: bytes, timeout: float,
+                  again: bool) -> Reply:
         """Send a request and read its reply; up to three times, where that is safe (`again`: after it was sent)."""
         for last in (False, False, True):
             link: Optional[Link] = None
             try:
                 link = self.connect()
-                link.send(method, path, self.headers(), body)
-                status, headers = link.read_head(timeout)
-                reply = link.read_body(headers, timeout)
+                link.send(method, path, headers, body)
+                status, replied = link.read_head(timeout)
+                reply = link.read_body(replied, timeout)
             except BaseException as problem:
                 if link:
                     link.close()  # the daemon must not wait for us, nor we read a late answer as that of another request
@@ -4085,16 +4651,16 @@ class Caller(Closing):
                     raise
                 time.sleep(0.05)
                 continue
-            self.server = headers["server"]
-            if headers.get("connection", "").lower() == "close":
+            self.server = replied["server"]
+            if replied.get("connection", "").lower() == "close":
                 link.close()
             else:
                 self._idle.append(link)
             if status < 400:
                 return reply  # type: ignore[no-any-return]
-            if status != 503 or last or "retry-after" not in headers:
+            if status != 503 or last or "retry-after" not in replied:
                 raise problem_from_reply(status, reply)
-            time.sleep(min(int(headers["retry-after"]), 5))
+            time.sleep(min(int(replied["retry-after"]), 5))
         raise AssertionError("the last round returns or raises")
 
 
@@ -4193,10 +4759,46 @@ class PortDaddy(Caller):
         """-> {messages: [{id, channel, payload, sender, createdAt}], count, lastId}"""
         return self.ask("get_messages", locals())
 
-    def poll(self, channel: str, *, timeout: Span = 30_000, after: Optional[int] = None,
-             group: Optional[str] = None) -> Reply:
-        """Wait for the next message. -> {message: object or None, lastId}"""
+    def poll(self, channel: str, *, timeout: Span = 30_000, after: Optional[int] = None, group: Optional[str] = None,
+             lease: Optional[Span] = None, max_attempts: Optional[int] = None) -> Reply:
+        """Wait for the next message. -> {message: object or None, lastId[, receipt, attempt, leaseExpiresAt]}"""
         return self.ask("poll", locals())
+
+    def ack(self, channel: str, receipt: str, *, group: Optional[str] = None) -> Reply:
+        """A leased message is done. -> {id, acked}; STALE_RECEIPT"""
+        return self.ask("ack", locals())
+
+    def nack(self, channel: str, receipt: str, *, group: Optional[str] = None, delay: Optional[Span] = None,
+             error: Optional[str] = None) -> Reply:
+        """Give a leased message back. -> {id, dead, attempt}; STALE_RECEIPT"""
+        return self.ask("nack", locals())
+
+    def touch(self, channel: str, receipt: str, *, group: Optional[str] = None, lease: Optional[Span] = None) -> Reply:
+        """Begin a lease anew. -> {id, leaseExpiresAt}; STALE_RECEIPT"""
+        return self.ask("touch", locals())
+
+    def work(self, channel: str, *, group: str = "default", lease: Span = 30_000, max_attempts: int = 5, delay: Span = 0,
+             idle: Optional[Span] = None) -> Work:
+        """Work on a channel: `for task in pd.work("tasks"): with task: build(task.payload)`. A task is acknowledged when
+        its block ends well and given back, after `delay`, when it fails; its lease goes on meanwhile. The loop ends when
+        nothing came for as long as `idle`; without it, never."""
+        return Work(self, channel, group, lease, max_attempts, delay, idle)
+
+    def list_groups(self, channel: str) -> Reply:
+        """-> {groups: [{group, backlog, leased, dead, lastPollAt}], count}"""
+        return self.ask("list_groups", locals())
+
+    def remove_group(self, channel: str, group: str) -> Reply:
+        """-> {removed}"""
+        return self.ask("remove_group", locals())
+
+    def list_dead(self, channel: str, *, group: Optional[str] = None) -> Reply:
+        """-> {messages: [message and group, attempts, error, diedAt], count}"""
+        return self.ask("list_dead", locals())
+
+    def redrive(self, channel: str, *, group: Optional[str] = None, id: Optional[int] = None) -> Reply:
+        """Let dead letters be worked on again. -> {redriven}"""
+        return self.ask("redrive", locals())
 
     def subscribe(self, channel: str, *, after: Optional[int] = None,
                   on_loss: Optional[Callable[[Reply], None]] = None) -> Subscription:
@@ -4215,8 +4817,9 @@ class PortDaddy(Caller):
     # --- locks --------------------------------------------------------------------------------------------------------
 
     def lock(self, name: str, *, owner: Optional[str] = None, ttl: Span = 300_000, wait: Span = 0,
-             pid: Optional[int] = None, metadata: Optional[Facts] = None) -> Reply:
-        """Take a lock, or wait in line for it. -> {name, owner, token, acquiredAt, expiresAt, waited}; LOCK_HELD"""
+             pid: Optional[int] = None, limit: int = 1, lock_delay: Span = 0, metadata: Optional[Facts] = None) -> Reply:
+        """Take a lock, or wait in line for it. -> {name, owner, token, acquiredAt, expiresAt, waited}; LOCK_HELD,
+        LIMIT_MISMATCH"""
         return self.ask("lock", locals())
 
     def extend_lock(self, name: str, *, owner: Optional[str] = None, token: Optional[int] = None,
@@ -4237,12 +4840,13 @@ class PortDaddy(Caller):
         return self.ask("list_locks", locals())
 
     def with_lock(self, name: str, function: Optional[Callable[[], T]] = None, *, owner: Optional[str] = None,
-                  ttl: Span = 300_000, wait: Span = 60_000, pid: Optional[int] = None,
-                  on_loss: Optional[Callable[[], None]] = None) -> Any:
+                  ttl: Span = 300_000, wait: Span = 60_000, pid: Optional[int] = None, limit: int = 1,
+                  lock_delay: Span = 0, on_loss: Optional[Callable[[], None]] = None) -> Any:
         """`with pd.with_lock(name) as held:` holds a lock and renews it; LOCK_HELD when it was not free within `wait`,
         LockLost at the end of the block when the lease was lost. With a function: call it under the lock, and return
         what it returns."""
-        held = HeldLock(self, name, owner, ttl, wait, pid, on_loss)
+        held = HeldLock(self, name, milliseconds(ttl), on_loss, owner=owner, wait=wait, pid=pid, limit=limit,
+                        lock_delay=lock_delay)
         if function is None:
             return held
         with held:
@@ -4322,6 +4926,10 @@ class PortDaddy(Caller):
         """-> {deliveries: [{id, event, status, attempts, responseStatus, durationMs, nextAttemptAt, error, …}], count}"""
         return self.ask("list_deliveries", locals())
 
+    def replay_delivery(self, id: str, delivery: str) -> Reply:
+        """Send a delivery once more. -> {delivery, status}"""
+        return self.ask("replay_delivery", locals())
+
     # --- the log and the daemon ---------------------------------------------------------------------------------------
 
     def get_activity(self, *, limit: Optional[int] = None, type: Optional[str] = None, agent: Optional[str] = None,
@@ -4358,41 +4966,54 @@ class PortDaddy(Caller):
         return False
 
 
-class HeldLock:
-    """A lock for the time of a with block, renewed by a thread after each third of its lease."""
+class Renewal:
+    """A thread that renews a lease after each third of it, until it is stopped or the lease is lost."""
 
-    def __init__(self, pd: PortDaddy, name: str, owner: Optional[str], ttl: Span, wait: Span, pid: Optional[int],
-                 on_loss: Optional[Callable[[], None]]) -> None:
-        self.pd, self.name, self.owner, self.wait, self.pid, self.on_loss = pd, name, owner, wait, pid, on_loss
-        self.ttl, self.token, self.lost = milliseconds(ttl), 0, False
+    def __init__(self, name: str, ttl: int, renew: Callable[[], Any], on_loss: Callable[[], Any]) -> None:
+        self.ttl, self.renew, self.on_loss, self.lost = ttl, renew, on_loss, False
         self._over = threading.Event()
-
-    def __enter__(self) -> HeldLock:
-        self.token = self.pd.lock(self.name, owner=self.owner, ttl=self.ttl, wait=self.wait, pid=self.pid)["token"]
-        self._thread = threading.Thread(target=self._renew, name=f"renew {self.name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
-        return self
 
-    def _renew(self) -> None:
+    def _run(self) -> None:
         good_until = time.monotonic() + self.ttl / 1000
         while not self._over.wait(max(0.01, self.ttl / 3000)):
             began = time.monotonic()
             try:
-                self.pd.extend_lock(self.name, token=self.token, ttl=self.ttl)
+                self.renew()
                 good_until = began + self.ttl / 1000
-            except LockLost:
-                good_until = 0
-            except PortDaddyError:
-                pass  # the daemon may be starting again; the lease tells how long there is hope
-            if time.monotonic() >= good_until:
-                self.lost = True
-                if self.on_loss:
+            except PortDaddyError as problem:  # the daemon may be starting again; the lease tells how long there is hope
+                if problem.code in ("LOCK_LOST", "STALE_RECEIPT") or time.monotonic() >= good_until:
+                    self.lost = True
                     self.on_loss()
-                return
+                    return
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    def stop(self) -> None:
         self._over.set()
         self._thread.join()
+
+
+class HeldLock:
+    """A lock for the time of a with block, renewed meanwhile."""
+
+    def __init__(self, pd: PortDaddy, name: str, ttl: int, on_loss: Optional[Callable[[], None]], **words: Any) -> None:
+        self.pd, self.name, self.ttl, self.words, self.on_loss = pd, name, ttl, words, on_loss
+        self.token, self.lost = 0, False
+
+    def __enter__(self) -> HeldLock:
+        self.lost = False
+        self.token = self.pd.lock(self.name, ttl=self.ttl, **self.words)["token"]
+        self._renewal = Renewal(f"renew {self.name}", self.ttl, lambda: self.pd.extend_lock(
+            self.name, token=self.token, ttl=self.ttl), self._on_loss)
+        return self
+
+    def _on_loss(self) -> None:
+        self.lost = True
+        if self.on_loss:
+            self.on_loss()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._renewal.stop()
         try:
             if not self.lost:
                 self.pd.unlock(self.name, token=self.token)
@@ -4404,6 +5025,76 @@ class HeldLock:
         if self.lost and error is None:
             raise LockLost("LOCK_LOST", f"lock {self.name} was lost before its block ended: somebody else may have held "
                            "it meanwhile", token=self.token)
+
+
+class Task:
+    """A leased message for the time of a with block: acknowledged when the block ends well; given back with the error,
+    which is said on stderr and goes no further, when it fails. `lost`: the lease is over, another worker may have it."""
+
+    def __init__(self, work: Work, reply: Reply, on_loss: Callable[[], Any] = lambda: None) -> None:
+        self.work, self.message, self.receipt, self.attempt = work, reply["message"], reply["receipt"], reply["attempt"]
+        self.id, self.payload, self.on_loss, self.error = self.message["id"], self.message["payload"], on_loss, ""
+
+    def __enter__(self) -> Task:
+        work = self.work
+        self._renewal = Renewal(f"task {self.id}", work.lease, lambda: work.pd.touch(
+            work.channel, self.receipt, group=work.group, lease=work.lease), self.on_loss)
+        return self
+
+    @property
+    def lost(self) -> bool:
+        return self._renewal.lost
+
+    def fail(self, error: str) -> None:
+        """Have it given back at the end of the block, although that ends well."""
+        self.error = error
+
+    def __exit__(self, kind: Optional[type], error: Optional[BaseException], trace: object) -> bool:
+        self._renewal.stop()
+        work, said = self.work, f"{type(error).__name__}: {error}" if error else self.error
+        try:
+            if said:
+                reply = work.pd.nack(work.channel, self.receipt, group=work.group, delay=work.delay, error=said[:1000])
+                say(f"{work.channel} {self.id} failed ({said}), and is {'dead' if reply['dead'] else 'given back'}")
+            else:
+                work.pd.ack(work.channel, self.receipt, group=work.group)
+        except PortDaddyError as problem:
+            if problem.code != "STALE_RECEIPT" and error is None:
+                raise
+            say(f"{work.channel} {self.id}: {problem}")
+        return isinstance(error, Exception)
+
+
+class Work:
+    """An iterator of tasks: the messages of a channel that its group is given, leased one by one."""
+
+    def __init__(self, pd: PortDaddy, channel: str, group: str, lease: Span, max_attempts: int, delay: Span,
+                 idle: Optional[Span]) -> None:
+        self.pd, self.channel, self.group, self.max_attempts = pd, channel, group, max_attempts
+        self.lease, self.delay = milliseconds(lease), milliseconds(delay)
+        self.idle = None if idle is None else milliseconds(idle)
+        self.heard: Optional[float] = None  # when the daemon last answered
+
+    def __iter__(self) -> Work:
+        return self
+
+    def __next__(self) -> Task:
+        began = time.monotonic()
+        while True:
+            left = 60_000 if self.idle is None else self.idle - round((time.monotonic() - began) * 1000)
+            try:
+                reply = self.pd.poll(self.channel, group=self.group, lease=self.lease, max_attempts=self.max_attempts,
+                                     timeout=max(0, min(left, 30_000)))
+                self.heard = time.monotonic()
+                if reply["message"]:
+                    return Task(self, reply)
+                if self.idle is not None and self.heard - began >= self.idle / 1000:
+                    raise StopIteration
+            except PortDaddyError as problem:  # a daemon that is away for a moment is waited for
+                away = isinstance(problem, DaemonUnreachable) or problem.status == 503
+                if not away or self.heard is None or time.monotonic() - self.heard > 90:
+                    raise
+                time.sleep(0.1)
 
 
 class Heartbeat(Closing):
@@ -5722,7 +6413,9 @@ FIELD_WORDS = {  # what a field is for, where its kind does not say
     "cwd": "its folder, as a note", "pair": "the service that this one belongs to, as a note",
     "health": "the URL that tells whether it is well", "metadata": "a JSON object of your own",
     "expires": "how long to keep it", "ttl": "how long the lease lasts", "wait": "how long to wait in line (default: not)",
-    "timeout": "how long to wait", "group": "the group of workers to share with",
+    "timeout": "how long to wait", "group": "the group of workers to share with", "id": "only this message",
+    "lease": "take it for this long only, until it is acknowledged", "max_attempts": "then it is dead (default 5)",
+    "lock.limit": "how many may hold it at once (default 1)", "lock_delay": "stay closed for so long after an expiry",
     "after": "read after this id, as a reader of its own", "token": "the fencing token of the lease",
     "secret": "what deliveries are signed with; auto: make one",
     "events": "which, separated by commas (default: all)", "filter_pattern": "only what happens to these",
@@ -5736,7 +6429,8 @@ def operation_arguments(one: Operation, parser: argparse.ArgumentParser) -> None
     """Required fields are positional, the others flags; the kinds check on this side what they would on the other."""
     for field in one.fields.values():
         flag = "--" + field.name.replace("_", "-")
-        words = FIELD_WORDS.get(field.name, field.kind.expected).replace("%", "%%")
+        words = FIELD_WORDS.get(f"{one.name}.{field.name}") or FIELD_WORDS.get(field.name, field.kind.expected)
+        words = words.replace("%", "%%")
         if field.required or field.name in one.positional:
             words = FIELD_WORDS[field.name] if field.name == "payload" else field.kind.expected
             parser.add_argument(field.name, help=words, nargs="+" if isinstance(field.kind, Several) and field.required
@@ -5822,7 +6516,8 @@ def show(reply: Reply, options: argparse.Namespace, shows: str, quiet: str) -> N
     elif isinstance(reply.get("message"), str):
         out(reply["message"])
     elif reply.get("message"):
-        out(json.dumps(reply["message"], ensure_ascii=False))
+        leased = {name: reply[name] for name in ("receipt", "attempt", "leaseExpiresAt") if name in reply}
+        out(json.dumps({**reply["message"], **leased}, ensure_ascii=False))
     elif "message" in reply:
         say("no message came in time")
     else:
@@ -5923,7 +6618,11 @@ def serve(options: argparse.Namespace) -> int:
         server.start()
     with contextlib.suppress(OSError):
         print(f"port-daddy {__version__} listening on {server.url}", flush=True)
-    stop.wait()
+    while not stop.wait(1):
+        if not server.owns_home():
+            log(f"the state folder {settings.home} was deleted or replaced; stopping: another daemon may serve it now")
+            server.stop("deleted")
+            return 1
     server.stop(signal.Signals(reasons[0]).name)
     return 130 if reasons[0] == signal.SIGINT else 0
 
@@ -6037,17 +6736,16 @@ def show_env(options: argparse.Namespace) -> None:
         out(f"{'export ' if options.format == 'export' else ''}{name}={quoted}")
 
 
+def say_loss(what: Reply) -> None:
+    say(f"pd: messages up to {what['to']} are gone" if what["event"] == "gap" else
+        "pd: that id is of another database; beginning with what there is")
+
+
 @command("sub", "pd sub 'build:*'", argument("channel", help="a channel, or a pattern such as build:*"),
          argument("--after", type=int, help="begin after this message id (default: now)"))
 def follow_channel(options: argparse.Namespace) -> None:
     """Follow a channel: one JSON message a line, until interrupted."""
-    client = new_client(options)
-
-    def on_loss(what: Reply) -> None:
-        say(f"pd: messages up to {what['to']} are gone" if what["event"] == "gap" else
-            "pd: that id is of another database; beginning with what there is")
-
-    with client.subscribe(options.channel, after=options.after, on_loss=on_loss) as messages:
+    with new_client(options).subscribe(options.channel, after=options.after, on_loss=say_loss) as messages:
         if sys.stderr.isatty():
             say(f"following {options.channel}; Ctrl-C ends")
         for message in messages:
@@ -6080,7 +6778,7 @@ def with_lock(options: argparse.Namespace) -> int:
 
 def need_words(options: argparse.Namespace) -> list[str]:
     if not options.words:
-        raise PortDaddyError("BAD_VALUE", "say what to run after --, as in: pd with-lock db-migration -- make migrate")
+        raise PortDaddyError("BAD_VALUE", f"say what to run after --, as in: {LOCAL_COMMANDS[options.command].example}")
     return list(options.words)
 
 
@@ -6089,16 +6787,16 @@ class Runner:
 
     def __init__(self) -> None:
         self.child: Optional[subprocess.Popen[bytes]] = None
-        self.early = 0  # a signal that came before there was a child to pass it on to
+        self.told = 0  # the last signal that we were sent
 
-    def run(self, words: Sequence[str], environ: Mapping[str, str]) -> int:
+    def run(self, words: Sequence[str], environ: Mapping[str, str], given: Optional[str] = None) -> int:
         import signal
-        before = {number: signal.signal(number, self.pass_on) for number in (signal.SIGTERM, signal.SIGHUP)}
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)  # the terminal tells the child itself
+        before = {number: signal.signal(number, self.pass_on)
+                  for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
         try:
-            self.child = process_run(words, {**os.environ, **environ})
-            if self.early:
-                self.pass_on(self.early, None)
+            self.child = process_run(words, {**os.environ, **environ}, given)
+            if self.told:  # before there was a child
+                self.pass_on(self.told, None)
             status = self.child.wait()
         finally:
             for number, handler in before.items():
@@ -6106,14 +6804,69 @@ class Runner:
         return 128 - status if status < 0 else status
 
     def pass_on(self, number: int, frame: Optional[FrameType]) -> None:
-        if self.child:
+        import signal
+        self.told = number
+        if self.child and number != signal.SIGINT:  # which the terminal has told the child itself
             process_signal(self.child.pid, number)
-        else:
-            self.early = number
 
     def stop(self) -> None:
         import signal
-        self.pass_on(signal.SIGTERM, None)
+        if self.child:
+            process_signal(self.child.pid, signal.SIGTERM)
+
+
+def message_environment(message: Reply, **more: Any) -> dict[str, str]:
+    facts = {"MESSAGE_ID": message["id"], "CHANNEL": message["channel"], "SENDER": message["sender"] or "", **more}
+    return {f"PORT_DADDY_{name}": str(value) for name, value in facts.items()}
+
+
+@command("work", "pd work tasks --group builders -- ./build.sh", argument("channel", help="the channel to work on"),
+         argument("--group", help="the group of workers to share with (default: default)"),
+         argument("--lease", default="30s", help="how long a task is ours, renewed meanwhile (default 30s)"),
+         argument("--max-attempts", default="5", metavar="N", help="then a task that failed is dead (default 5)"),
+         argument("--delay", default="0s", help="how long a task that failed rests (default: not)"),
+         argument("--once", action="store_true", help="one task, and give the status of its command"),
+         argument("--idle", help="end when nothing came for that long (default: never)"))
+def work_on(options: argparse.Namespace) -> int:
+    """Run a command for each task of a channel, its payload on stdin; a status other than 0 gives the task back."""
+    words = need_words(options)
+    kinds = {"group": GroupName, "lease": Duration, "max_attempts": Attempts, "delay": Delay, "idle": Delay}
+    given = {name: field_value(Field(name, name, kind_of(kind), False, None), getattr(options, name))
+             for name, kind in kinds.items() if getattr(options, name) is not None}
+    for task in new_client(options, pid=os.getpid()).work(options.channel, **given):
+        runner, broken, status = Runner(), None, 0
+        task.on_loss = runner.stop
+        with task:
+            try:
+                status = runner.run(words, message_environment(task.message, ATTEMPT=task.attempt), plain(task.payload))
+            except PortDaddyError as problem:  # there is no such command: no fault of the task
+                broken = problem
+            if runner.told:
+                raise SystemExit(128 + runner.told)
+            if broken or status:
+                task.fail(str(broken) if broken else f"exit status {status}")
+        if broken:
+            raise broken
+        if options.once:
+            return status
+    return PROBLEMS["TIMED_OUT"][1] if options.once else 0
+
+
+@command("watch", "pd watch 'build:*' --exec 'notify-send build'",
+         argument("channel", help="a channel, or a pattern such as build:*"),
+         argument("--exec", required=True, metavar="COMMAND", help="a shell command, which gets the payload on stdin"),
+         argument("--after", type=int, help="begin after this message id (default: now)"))
+def watch(options: argparse.Namespace) -> int:
+    """Run a shell command for each message of a channel, its payload on stdin, until interrupted."""
+    with new_client(options, pid=os.getpid()).subscribe(options.channel, after=options.after, on_loss=say_loss) as messages:
+        for message in messages:
+            runner = Runner()
+            status = runner.run(["/bin/sh", "-c", options.exec], message_environment(message), plain(message["payload"]))
+            if runner.told:
+                return 128 + runner.told
+            if status:
+                say(f"pd: the command for message {message['id']} of {message['channel']} ended with {status}")
+    return 0
 
 
 # --- projects ---------------------------------------------------------------------------------------------------------
@@ -6300,7 +7053,8 @@ def guard_groups(options: argparse.Namespace) -> int:
 
 FAMILIES = (("projects", "dev down restart logs run scan"),
             ("services", "claim release find url env wait endpoint ports cleanup"),
-            ("channels", "pub sub poll channels clear"), ("locks", "with-lock lock unlock extend check locks"),
+            ("channels", "pub sub poll work watch channels groups dead redrive clear"),
+            ("locks", "with-lock lock unlock extend check locks"),
             ("agents", "agent agents"), ("webhooks", "webhook"),
             ("the daemon", "start stop status serve daemon activity version"))
 
@@ -6342,7 +7096,7 @@ def parse(argv: Sequence[str], known: Mapping[str, Command]) -> tuple[Command, a
             raise PortDaddyError("BAD_VALUE", f"{name}: {message}; {hint} (pd {name} --help)")
 
     chosen = known[name]
-    wraps = name in ("with-lock", "run")
+    wraps = name in ("with-lock", "run", "work")
     parser = Parser(prog=f"pd {name}", description=chosen.summary, epilog=f"example: {chosen.example}", allow_abbrev=False)
     for add in chosen.arguments:
         add(parser)

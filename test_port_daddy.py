@@ -259,18 +259,33 @@ class FakeClock:
     """A clock that moves when told. It starts where the real one stands, so that signatures and ages look natural."""
 
     def __init__(self):
-        self.wall, self.awake, self.boot = port_daddy.Clock().now()
-        self.daemon = None
+        self.wall, self.awake, self.boot, _ = port_daddy.Clock().now()
+        self.asleep, self.daemon = 0, None
 
     def now(self):
         return port_daddy.Now(self.wall, self.awake, self.boot)
 
+    def slept(self):
+        return self.asleep
+
     def advance(self, ms):
+        """Time passes as usual: the daemon has looked at the clock all the while."""
+        with self.daemon.store.guard if self.daemon else contextlib.nullcontext():
+            if self.daemon:
+                self.daemon.now()
+                self.daemon.leases.expect(ms)
+            return self.stall(ms)
+
+    def stall(self, ms):
+        """Time passes, and the daemon does not run meanwhile."""
         self.wall += ms
         self.awake += ms
-        if self.daemon:
-            return self.daemon.tick(self.now())
-        return None
+        return self.daemon.tick(self.daemon.now()) if self.daemon else None
+
+    def sleep(self, ms):
+        """The machine sleeps."""
+        self.wall += ms
+        self.asleep += ms
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -2622,6 +2637,10 @@ BAD_VALUES = {
     "range": ["abc", [1], [9, 3], [0, 70_000], {}, [1, 2, 3], ["a", "b"], True],
     "pid": [*NUMBER, 0, 10 ** 30],
     "wait": [*SPAN, 3_600_001],
+    **dict.fromkeys(["lease", "delay", "lockDelay"], [*SPAN, 86_400_001]),
+    "maxAttempts": [*NUMBER, 0, 1001],
+    "receipt": ["", "5", "a-b", "1-2-3", 5, [], {}],
+    "delivery": ["a b", "..", "x" * 200],
     "timeout": [*SPAN, 300_001],
     "latency": ["abc", -1, True, [], {}],
     "status": ["flying", "", 5, [], {}],
@@ -2636,7 +2655,7 @@ BAD_VALUES = {
 # The path parameters have names of their own; these are the values with which a request is otherwise good.
 GOOD_PATH = {"hook": "1", "webhook": "1"}
 GOOD_BODY = {"id": "good:api", "payload": 1, "url": "https://example.org/", "services": ["good"], "owner": "good",
-             "lines": [{"stream": "stdout", "text": "good"}]}
+             "lines": [{"stream": "stdout", "text": "good"}], "receipt": "1-1"}
 
 
 def wire_name(name):
@@ -2653,6 +2672,8 @@ def operation_cases():
             for value in BAD_VALUES.get(wire_name(name), []):
                 if name in in_path and (not isinstance(value, str) or value == ""):
                     continue
+                if (operation.name, name, value) == ("redrive", "id", 5):
+                    continue  # the one id that is a number
                 if method == "GET" and (value in (5, True) or not isinstance(value, (str, int, float))):
                     continue  # a query holds texts, and "5" and "true" are texts like others
                 yield operation, name, value
@@ -5236,7 +5257,7 @@ def test_functions_and_classes_are_small():
             if lines > (300 if isinstance(node, ast.ClassDef) else 60):
                 large.append(f"{node.name}: {lines} lines")
     assert not large, large
-    assert SOURCE.count("\n") <= 6400
+    assert SOURCE.count("\n") <= 7200
 
 
 def test_nothing_is_left_to_do_and_nothing_is_global():
@@ -5283,7 +5304,8 @@ PROMISED_METHODS = re.findall(r"\w+", """
     wait_for_service wait_for_services list_system_ports cleanup publish get_messages poll subscribe list_channels
     clear_channel lock unlock extend_lock check_lock list_locks with_lock register heartbeat start_heartbeat unregister
     get_agent list_agents add_webhook list_webhooks get_webhook update_webhook remove_webhook webhook_events
-    test_webhook list_deliveries get_activity events health version metrics config ping
+    test_webhook list_deliveries replay_delivery get_activity events health version metrics config ping
+    ack nack touch list_groups remove_group list_dead redrive work get_logs add_logs
 """)
 
 
