@@ -118,7 +118,7 @@ PROBLEMS: dict[str, tuple[int, int, str]] = {  # code: (HTTP status, exit status
     "TOO_LARGE": (413, 2, "the request is larger than the limit"),
     "URI_TOO_LONG": (414, 2, "the request line is longer than 8 KiB"),
     "UNSUPPORTED_MEDIA": (415, 2, "send JSON with Content-Type: application/json"),
-    "KEY_REUSED": (422, 2, "this Idempotency-Key was used for another request"),
+    "KEY_REUSED": (422, 2, "this Idempotency-Key came with other fields before; a new request wants a new key"),
     "LIMIT": (429, 4, "the limit of this agent is reached"),
     "HEADERS_TOO_LARGE": (431, 2, "a header is larger than 8 KiB, all are larger than 32 KiB, or more than 100"),
     "INTERNAL": (500, 1, "the daemon failed"),
@@ -1178,10 +1178,11 @@ def message_sweep(tx: Transaction) -> None:
 # A group of workers takes each message once. What it has not seen lies behind its cursor; what it was given and has not
 # done with is a row in TASKS.
 
-def reader_join(tx: Transaction, channel: str, team: str, leasing: bool) -> None:
-    """Note that a group polls; from the first time on which it leases, what it has not done with is kept for it."""
-    tx.run("INSERT INTO READERS VALUES (?, ?, 0, ?, ?) ON CONFLICT (channel, team) DO UPDATE SET polled = excluded.polled, "
-           "leasing = max(leasing, excluded.leasing)", channel, team, tx.now.wall, leasing)
+def reader_note(tx: Transaction, channel: str, team: str, cursor: int, leasing: bool) -> None:
+    """Note how far a group has read; from the first time on which it leases, what it has not done with is kept for it."""
+    tx.run("INSERT INTO READERS VALUES (?, ?, ?, ?, ?) ON CONFLICT (channel, team) DO UPDATE SET cursor = max(cursor, "
+           "excluded.cursor), polled = excluded.polled, leasing = max(leasing, excluded.leasing)", channel, team, cursor,
+           tx.now.wall, leasing)
 
 
 def message_waiting(db: Sql, channel: str, team: str, awake: int) -> Optional[Any]:
@@ -1199,8 +1200,7 @@ def message_take(tx: Transaction, channel: str, team: str, lease: Optional[int],
     if not message:
         return None
     number = message["id"]
-    tx.run("UPDATE READERS SET cursor = max(cursor, ?), polled = ? WHERE channel = ? AND team = ?", number, tx.now.wall,
-           channel, team)
+    reader_note(tx, channel, team, number, lease is not None)
     if lease is None:
         tx.run("DELETE FROM TASKS WHERE channel = ? AND team = ? AND message = ?", channel, team, number)
         return message, None
@@ -1410,7 +1410,7 @@ def answer_row(db: Sql, scope: bytes, awake: int) -> Optional[Any]:
 
 def answer_keep(tx: Transaction, scope: bytes, body: bytes, reply: dict[str, Any]) -> None:
     """Keep an answer in the transaction of what it tells, so that neither is there without the other."""
-    tx.run("INSERT OR REPLACE INTO ANSWERS VALUES (?, ?, ?, ?, ?, ?)", tx.next_id(), scope, body, to_json(reply),
+    tx.run("INSERT OR REPLACE INTO ANSWERS VALUES (NULL, ?, ?, ?, ?, ?)", scope, body, to_json(reply),
            tx.now.awake + KEEP_ANSWERS_FOR, KEEP_ANSWERS_FOR)
 
 
@@ -1440,10 +1440,10 @@ def prune(tx: Transaction, elapsed: int) -> None:
     days: list[int] = json.loads(tx.value("SELECT value FROM META WHERE key = 'days'"))
     today = tx.value("SELECT value FROM META WHERE key = 'today'") + elapsed
     if today >= DAY:
-        days, today = [*days, tx.next_id()][-KEEP_DAYS:], 0
+        days, today = [*days, tx.next_id()][-KEEP_DAYS - 1:], 0
         meta_update(tx, days=to_json(days))
     meta_update(tx, today=today)
-    event_drop(tx, max(days[0] if len(days) == KEEP_DAYS else 0, tx.value(
+    event_drop(tx, max(days[0] if len(days) > KEEP_DAYS else 0, tx.value(
         "SELECT id FROM EVENTS ORDER BY id DESC LIMIT 1 OFFSET ?", KEEP_EVENTS) or 0))
     pages, free, size = (tx.value(f"PRAGMA {name}") for name in ("page_count", "freelist_count", "page_size"))
     if (pages - free) * size > 0.9 * MAX_DATABASE:
@@ -2094,7 +2094,12 @@ def open_home(path: str) -> None:
             raise PortDaddyError("INTERNAL", f"{path} belongs to another user; set PORT_DADDY_HOME to a folder of yours")
         if stat.S_IMODE(found.st_mode) & 0o077:
             os.chmod(path, stat.S_IMODE(found.st_mode) & 0o700)
-        os.close(os.open(os.path.join(path, "port_daddy.db"), os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite's files follow
+
+
+def make_private(path: str) -> None:
+    """Make an empty file of ours alone, unless there is one; the files that SQLite puts beside it are like it."""
+    with blamed("INTERNAL", f"{path} cannot be used"):
+        os.close(os.open(path, os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def lock_home(path: str) -> Optional[int]:
@@ -2276,6 +2281,7 @@ class Asker:
 
 def open_store(path: str, now: Now) -> Store:
     """The database; a damaged one is moved aside, loudly, and what can be read of it taken over."""
+    make_private(path)
     try:
         return Store(path, now)
     except PortDaddyError as problem:
@@ -2284,6 +2290,7 @@ def open_store(path: str, now: Now) -> Store:
         log(f"DAMAGED: {problem}")
     suffix = time.strftime("corrupt-%Y%m%d-%H%M%S")
     copy = move_aside(path, suffix)
+    make_private(path)
     store = Store(path, now)
     kept = store.salvage(copy, now)
     for end in ("", "-wal", "-shm"):
@@ -2582,21 +2589,17 @@ def perform(daemon: Daemon, asker: Asker, one: Operation, path: str, fields: dic
     import hashlib
     scope, body = (hashlib.blake2b(text.encode(), digest_size=16).digest()
                    for text in (f"{asker.key} {path} {asker.agent}", json.dumps(fields, sort_keys=True)))
-    while True:
-        row = answer_row(daemon.store, scope, daemon.now().awake)
-        before = row["body"] if row else daemon.performing.setdefault(scope, body)  # one step: the first is the first
-        if before != body:
-            raise PortDaddyError("KEY_REUSED", "this Idempotency-Key came with other fields before; a new request wants a "
-                                 "new key")
-        if row:
-            return json.loads(row["reply"])
-        if before is body:
-            break
+    while daemon.performing.setdefault(scope, body) is not body:  # one step: the first is the first
+        if daemon.performing.get(scope, body) != body:
+            raise PortDaddyError("KEY_REUSED")
         daemon.wait(asker, lambda: scope not in daemon.performing or None, 3_600_000, [f"key:{scope.hex()}"])
         asker.stay()
-    asker.request = scope, body
     try:
-        return one.function(daemon, asker, **fields)
+        row = answer_row(daemon.store, scope, daemon.now().awake)
+        if row and row["body"] != body:
+            raise PortDaddyError("KEY_REUSED")
+        asker.request = scope, body
+        return json.loads(row["reply"]) if row else one.function(daemon, asker, **fields)
     finally:
         del daemon.performing[scope]
         daemon.bell.ring(f"key:{scope.hex()}")
@@ -3104,7 +3107,7 @@ def note_poll(daemon: Daemon, channel: str, team: str, leasing: bool) -> int:
     row = daemon.store.row("SELECT * FROM READERS WHERE channel = ? AND team = ?", channel, team)
     if not row or leasing > row["leasing"] or abs(daemon.now().wall - row["polled"]) > 1_000:
         with daemon.write() as tx:
-            reader_join(tx, channel, team, leasing)
+            reader_note(tx, channel, team, 0, leasing)
     return row["cursor"] if row else 0
 
 
@@ -3402,7 +3405,8 @@ def check_lock(daemon: Daemon, asker: Asker, name: LockName, token: Optional[Fen
     return reply
 
 
-@operation("GET /locks", command="locks [pattern]", shows="locks: name owner token expiresAt waiting pid", quiet="name")
+@operation("GET /locks", command="locks [pattern]", shows="locks: name owner token expiresAt waiting limit pid",
+           quiet="name")
 def list_locks(daemon: Daemon, asker: Asker, owner: Optional[AgentId] = None, pattern: LockPattern = "*") -> Reply:
     """List the locks that are held."""
     now = daemon.now()
@@ -4636,8 +4640,9 @@ class Caller(Closing):
 
     def _exchange(self, method: str, path: str, headers: Mapping[str, str], body: bytes, timeout: float,
                   again: bool) -> Reply:
-        """Send a request and read its reply; up to three times, where that is safe (`again`: after it was sent)."""
-        for last in (False, False, True):
+        """Send a request and read its reply; a few times, where that is safe (`again`: after it was sent)."""
+        # A daemon that was there may be starting again.
+        for pause in (0.05, 0.2, 0.8, None) if self.server else (0.05, 0.05, None):
             link: Optional[Link] = None
             try:
                 link = self.connect()
@@ -4647,9 +4652,10 @@ class Caller(Closing):
             except BaseException as problem:
                 if link:
                     link.close()  # the daemon must not wait for us, nor we read a late answer as that of another request
-                if not isinstance(problem, DaemonUnreachable) or last or link and not again or self.autostart and not link:
+                alone = self.autostart and not link
+                if not isinstance(problem, DaemonUnreachable) or pause is None or link and not again or alone:
                     raise
-                time.sleep(0.05)
+                time.sleep(pause)
                 continue
             self.server = replied["server"]
             if replied.get("connection", "").lower() == "close":
@@ -4658,7 +4664,7 @@ class Caller(Closing):
                 self._idle.append(link)
             if status < 400:
                 return reply  # type: ignore[no-any-return]
-            if status != 503 or last or "retry-after" not in replied:
+            if status != 503 or pause is None or "retry-after" not in replied:
                 raise problem_from_reply(status, reply)
             time.sleep(min(int(replied["retry-after"]), 5))
         raise AssertionError("the last round returns or raises")
@@ -4970,7 +4976,7 @@ class Renewal:
     """A thread that renews a lease after each third of it, until it is stopped or the lease is lost."""
 
     def __init__(self, name: str, ttl: int, renew: Callable[[], Any], on_loss: Callable[[], Any]) -> None:
-        self.ttl, self.renew, self.on_loss, self.lost = ttl, renew, on_loss, False
+        self.ttl, self.renew, self.on_loss = ttl, renew, on_loss
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -4984,7 +4990,6 @@ class Renewal:
                 good_until = began + self.ttl / 1000
             except PortDaddyError as problem:  # the daemon may be starting again; the lease tells how long there is hope
                 if problem.code in ("LOCK_LOST", "STALE_RECEIPT") or time.monotonic() >= good_until:
-                    self.lost = True
                     self.on_loss()
                     return
 
@@ -5031,19 +5036,21 @@ class Task:
     """A leased message for the time of a with block: acknowledged when the block ends well; given back with the error,
     which is said on stderr and goes no further, when it fails. `lost`: the lease is over, another worker may have it."""
 
-    def __init__(self, work: Work, reply: Reply, on_loss: Callable[[], Any] = lambda: None) -> None:
+    def __init__(self, work: Work, reply: Reply) -> None:
         self.work, self.message, self.receipt, self.attempt = work, reply["message"], reply["receipt"], reply["attempt"]
-        self.id, self.payload, self.on_loss, self.error = self.message["id"], self.message["payload"], on_loss, ""
+        self.id, self.payload = self.message["id"], self.message["payload"]
+        self.on_loss: Callable[[], Any] = lambda: None
+        self.error, self.lost = "", False
 
     def __enter__(self) -> Task:
         work = self.work
         self._renewal = Renewal(f"task {self.id}", work.lease, lambda: work.pd.touch(
-            work.channel, self.receipt, group=work.group, lease=work.lease), self.on_loss)
+            work.channel, self.receipt, group=work.group, lease=work.lease), self._on_loss)
         return self
 
-    @property
-    def lost(self) -> bool:
-        return self._renewal.lost
+    def _on_loss(self) -> None:
+        self.lost = True
+        self.on_loss()
 
     def fail(self, error: str) -> None:
         """Have it given back at the end of the block, although that ends well."""
