@@ -4113,10 +4113,16 @@ class Connection:
         self.close_after = False
         self.bodiless = False  # the answer to HEAD has no body (RFC 9110, 9.3.2)
         self.streaming = False
+        self.patience = 0.0  # seconds that a recv may take
+
+    def wait_at_most(self, option: int, seconds: float) -> None:
+        """Have the kernel end a recv or a send after so long: one system call each, where settimeout makes it three."""
+        self.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
 
     def serve(self) -> None:
         try:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.wait_at_most(socket.SO_SNDTIMEO, SEND_TIMEOUT)  # for each piece: slow readers are readers
             while not self.close_after and self.serve_one():
                 self.idle_since = time.monotonic()
         except (OSError, AskerGone):
@@ -4194,10 +4200,12 @@ class Connection:
         left = deadline - time.monotonic()
         if left <= 0:
             return False
-        self.socket.settimeout(left)
+        if not left <= self.patience < left + 0.1:
+            self.patience = left + 0.05
+            self.wait_at_most(socket.SO_RCVTIMEO, self.patience)
         try:
             chunk = self.socket.recv(65536)
-        except socket.timeout:
+        except BlockingIOError:
             return False
         self.buffer += chunk
         return bool(chunk)
@@ -4249,7 +4257,6 @@ class Connection:
                 extra += "Connection: close\r\n"
             head = (f"HTTP/1.1 {status} {REASONS[status]}\r\n{self.server.signature}Content-Type: application/json\r\n"
                     f"Content-Length: {len(body)}\r\n{extra}\r\n")
-            self.socket.settimeout(SEND_TIMEOUT)
             self.socket.sendall(head.encode() + (b"" if self.bodiless else body))
         except BaseException:
             if asker and asker.undo:
@@ -4271,13 +4278,11 @@ class Connection:
     def send_stream(self, stream: Stream) -> bool:
         """An event stream ends with its connection, ours or theirs; a reader that takes nothing for 10 s is dropped."""
         self.close_after = self.streaming = True
-        self.socket.settimeout(SEND_TIMEOUT)
         self.socket.sendall(f"HTTP/1.1 200 OK\r\n{self.server.signature}Content-Type: text/event-stream\r\n"
                             f"Connection: close\r\n\r\n".encode())
         with contextlib.closing(stream), contextlib.suppress(PortDaddyError):  # we are stopping; the reader comes back
             for part in stream:
-                for start in range(0, len(part), 65536):  # 10 s for each piece: slow readers are readers
-                    self.socket.settimeout(SEND_TIMEOUT)
+                for start in range(0, len(part), 65536):
                     self.socket.sendall(part[start:start + 65536])
         return False
 
