@@ -43,7 +43,8 @@ The rooms, each of which uses only the rooms above it:
     16. COMMAND LINE    the same operations from a terminal
 
 It promises: what was answered survives kill -9; two identities never share a port; a lock has one holder, a growing
-fencing token and a fair queue; a message taken from a queue is taken once; a web page can ask for nothing.
+fencing token and a fair queue; a message is worked on once or, when it is leased, until somebody has acknowledged it; a
+web page can ask for nothing.
 
 It does not replicate, does not leave the machine, does not defend against programs of the same user, and does not run
 anything that a request says.
@@ -3190,7 +3191,7 @@ def need_task(tx: Transaction, channel: str, team: str, receipt: str) -> Any:
     return row
 
 
-@operation("POST /msg/{channel}/ack")
+@operation("POST /msg/{channel}/ack", command="ack", quiet="id", example="pd ack tasks 42-57")
 def ack(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, group: GroupName = "default") -> Reply:
     """Say that a leased message is done: the group will not get it again."""
     with daemon.write() as tx:
@@ -3199,7 +3200,8 @@ def ack(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, gr
         return asker.answer(tx, ok(id=row["message"], acked=True, message=f"{row['message']} is done"))
 
 
-@operation("POST /msg/{channel}/nack")
+@operation("POST /msg/{channel}/nack", command="nack", quiet="dead",
+           example="pd nack tasks 42-57 --error 'no compiler' --delay 10s")
 def nack(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, group: GroupName = "default",
          delay: Delay = 0, error: Optional[Line] = None) -> Reply:
     """Give a leased message back: the group gets it again after the delay or, after its last attempt, it is dead."""
@@ -3210,7 +3212,7 @@ def nack(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, g
             f"{row['message']} is {'dead' if dead else 'given back'} after attempt {row['attempts']} of {row['most']}")))
 
 
-@operation("POST /msg/{channel}/touch")
+@operation("POST /msg/{channel}/touch", command="touch", quiet="leaseExpiresAt", example="pd touch tasks 42-57")
 def touch(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, group: GroupName = "default",
           lease: Optional[Duration] = None) -> Reply:
     """Go on working on a leased message: its lease begins anew."""
@@ -6427,6 +6429,7 @@ FIELD_WORDS = {  # what a field is for, where its kind does not say
     "expires": "how long to keep it", "ttl": "how long the lease lasts", "wait": "how long to wait in line (default: not)",
     "timeout": "how long to wait", "group": "the group of workers to share with", "id": "only this message",
     "lease": "take it for this long only, until it is acknowledged", "max_attempts": "then it is dead (default 5)",
+    "touch.lease": "from now on (default: as long as it was)", "delay": "how long it rests", "nack.error": "what went wrong",
     "lock.limit": "how many may hold it at once (default 1)", "lock_delay": "stay closed for so long after an expiry",
     "after": "read after this id, as a reader of its own", "token": "the fencing token of the lease",
     "secret": "what deliveries are signed with; auto: make one",
@@ -6767,12 +6770,13 @@ def follow_channel(options: argparse.Namespace) -> None:
 @command("with-lock", "pd with-lock db-migration --wait 5m -- npm run migrate", argument("name", help="the lock"),
          argument("--owner", help="who holds it (default: this process)"),
          argument("--ttl", default="60s", help="length of the lease, renewed meanwhile (default 60s)"),
-         argument("--wait", default="60s", help="how long to wait for it (default 60s)"))
+         argument("--wait", default="60s", help="how long to wait for it (default 60s)"),
+         argument("--limit", default="1", help="how many may hold it at once (default 1)"))
 def with_lock(options: argparse.Namespace) -> int:
     """Run a command while holding a lock, and give its status."""
     words = need_words(options)
     fields = next(one for one in OPERATIONS if one.name == "lock").fields
-    ttl, wait = (field_value(fields[name], getattr(options, name)) for name in ("ttl", "wait"))
+    ttl, wait, limit = (field_value(fields[name], getattr(options, name)) for name in ("ttl", "wait", "limit"))
     client = new_client(options, pid=os.getpid())
     runner = Runner()
 
@@ -6784,7 +6788,8 @@ def with_lock(options: argparse.Namespace) -> int:
         holder = client.check_lock(options.name)
         if holder["held"]:
             say(f"pd: waiting up to {span(wait)} for {options.name}, held by {holder['owner'] or 'somebody'}")
-    with client.with_lock(options.name, owner=options.owner, ttl=ttl, wait=wait, pid=os.getpid(), on_loss=on_loss) as held:
+    with client.with_lock(options.name, owner=options.owner, ttl=ttl, wait=wait, limit=limit, pid=os.getpid(),
+                          on_loss=on_loss) as held:
         return runner.run(words, {"PORT_DADDY_LOCK": options.name, "PORT_DADDY_LOCK_TOKEN": str(held.token)})
 
 
@@ -7065,7 +7070,7 @@ def guard_groups(options: argparse.Namespace) -> int:
 
 FAMILIES = (("projects", "dev down restart logs run scan"),
             ("services", "claim release find url env wait endpoint ports cleanup"),
-            ("channels", "pub sub poll work watch channels groups dead redrive clear"),
+            ("channels", "pub sub poll ack nack touch work watch channels groups dead redrive clear"),
             ("locks", "with-lock lock unlock extend check locks"),
             ("agents", "agent agents"), ("webhooks", "webhook"),
             ("the daemon", "start stop status serve daemon activity version"))
