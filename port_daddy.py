@@ -6429,7 +6429,7 @@ FIELD_WORDS = {  # what a field is for, where its kind does not say
     "expires": "how long to keep it", "ttl": "how long the lease lasts", "wait": "how long to wait in line (default: not)",
     "timeout": "how long to wait", "group": "the group of workers to share with", "id": "only this message",
     "lease": "take it for this long only, until it is acknowledged", "max_attempts": "then it is dead (default 5)",
-    "touch.lease": "from now on (default: as long as it was)", "delay": "how long it rests", "nack.error": "what went wrong",
+    "touch.lease": "from now on (default: as before)", "delay": "how long it rests", "nack.error": "what went wrong",
     "lock.limit": "how many may hold it at once (default 1)", "lock_delay": "stay closed for so long after an expiry",
     "after": "read after this id, as a reader of its own", "token": "the fencing token of the lease",
     "secret": "what deliveries are signed with; auto: make one",
