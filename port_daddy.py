@@ -579,8 +579,8 @@ def default_home(environ: Mapping[str, str]) -> str:
 # 1. Who waits joins its topics first and looks then: whatever happens after the look has rung, so no wake-up is lost.
 # 2. Ringing a topic wakes every waiter without a line, and of each line the first that is not awake already: one message
 #    wakes one worker, one release one of those who want the lock.
-# 3. Whoever leaves a line with nothing rings the next of it, since a ring may have been meant for him. In a line with
-#    turns (a lock) only the first may look, and whoever leaves rings the next.
+# 3. Whoever leaves a line with nothing, or rung again since it last looked, rings the next of it: that ring was for
+#    somebody. In a line with turns (a lock) only the first may look, and whoever leaves rings the next.
 #
 #    Two messages, three workers A B C of one line: the first ring wakes A, the second B, since A is awake already. A
 #    finds the first message and leaves; B finds the second. Had A hung up meanwhile, its leaving would have woken C.
@@ -627,7 +627,7 @@ class Bell:
                 del waiters[waiter]
                 if not waiters:
                     del self._topics[topic]
-                elif waiter.line is not None and (waiter.turn or empty):
+                elif waiter.line is not None and (waiter.turn or empty or waiter.rung):
                     self._ring(waiters, waiter.line)
 
     def ring(self, *topics: str) -> None:
@@ -772,10 +772,10 @@ CREATE TABLE MESSAGES (
 CREATE INDEX MESSAGES_OF_CHANNEL ON MESSAGES (channel, id);
 CREATE INDEX MESSAGES_THAT_EXPIRE ON MESSAGES (expires) WHERE expires IS NOT NULL;
 
--- How far a group of workers has read a channel, and whether it has ever taken work for a time (`leasing`): what such a
--- group has not done with is not dropped for want of room.
+-- How far a group of workers has read a channel, and when it last polled: on the wall clock for people, and (`heard`) on
+-- the clock of leases. What it has not done with is not dropped for want of room, while it polls.
 CREATE TABLE READERS (
-  channel TEXT NOT NULL, team TEXT NOT NULL, cursor INTEGER NOT NULL, polled INTEGER NOT NULL, leasing INTEGER NOT NULL,
+  channel TEXT NOT NULL, team TEXT NOT NULL, cursor INTEGER NOT NULL, polled INTEGER NOT NULL, heard INTEGER NOT NULL,
   PRIMARY KEY (channel, team)) WITHOUT ROWID;
 -- What a group was given, up to its cursor, and has not done with: leased (`receipt` names that delivery, which is over at
 -- `due`), waiting to be given again (from `due` on; 0: now), or dead (`due` is NULL).
@@ -823,7 +823,7 @@ ALTER TABLE LOCKS RENAME TO OLD_LOCKS;
 ALTER TABLE READERS RENAME TO OLD_READERS;
 ALTER TABLE HOOKS ADD COLUMN streak INTEGER NOT NULL DEFAULT 0""", """
 INSERT INTO LOCKS SELECT name, 0, owner, token, 1, 0, pid, birth, acquired, expires, ttl, metadata FROM OLD_LOCKS;
-INSERT INTO READERS SELECT *, 0 FROM OLD_READERS;
+INSERT INTO READERS SELECT *, (SELECT max(value) FROM META WHERE key = 'stopped') FROM OLD_READERS;
 INSERT INTO TASKS (channel, team, message, attempts, most, due) SELECT channel, team, message, 0, 5, 0 FROM RETURNED;
 DROP TABLE OLD_LOCKS;
 DROP TABLE OLD_READERS;
@@ -833,10 +833,11 @@ KEEP_MESSAGES, KEEP_BYTES = 10_000, 64 * 1024 * 1024  # of a channel
 KEEP_EVENTS, KEEP_DAYS, DAY = 10_000, 7, 86_400_000
 KEEP_ANSWERS, KEEP_ANSWERS_FOR = 50_000, DAY
 DEADLY_STREAK = 20  # deliveries of a webhook that died in a row
-KEEP_DELIVERIES, KEEP_DEAD_AGENTS_FOR, KEEP_FORMER_PORTS = 1_000, DAY, 10_000
+KEEP_DELIVERIES, KEEP_DEAD_AGENTS_FOR, KEEP_FORMER_PORTS, KEEP_READERS = 1_000, DAY, 10_000, 10_000
 SIZE = "id, length(CAST(payload AS BLOB)) AS size"  # what message_drop wants to know, in bytes
-UNWANTED = ("NOT EXISTS (SELECT 1 FROM TASKS WHERE message = MESSAGES.id) AND NOT EXISTS (SELECT 1 FROM READERS WHERE "
-            "READERS.channel = MESSAGES.channel AND leasing AND cursor < MESSAGES.id)")  # a message that may be dropped
+# What may be dropped: a message that no group (of those heard since ?1) has yet to read or to be done with.
+UNWANTED = ("NOT EXISTS (SELECT 1 FROM READERS WHERE READERS.channel = MESSAGES.channel AND heard > ?1 AND (cursor < "
+            "MESSAGES.id OR EXISTS (SELECT 1 FROM TASKS WHERE TASKS.message = MESSAGES.id AND TASKS.team = READERS.team)))")
 RESERVE = 1_000  # numbers of a counter that one write to META makes ours
 BOOT_JUMP = 1_000_000  # a power cut may have lost the last second of writes, but hardly a million of them
 
@@ -907,12 +908,14 @@ class Store:
         """From any older version, or from nothing (0), to SCHEMA, in one transaction."""
         before, after = MIGRATIONS.get(version, ("", ""))
         schema = re.sub("CREATE (TABLE|INDEX)", r"CREATE \1 IF NOT EXISTS", SCHEMA)
-        self._db.execute("BEGIN IMMEDIATE")
-        for statement in f"{before};\n{schema};\n{after}".split(";\n"):
-            self._db.execute(statement)
         facts = {"ids": 0, "tokens": 0, "forgotten": 0, "boot": now.boot, "tag": os.urandom(4).hex(), "days": "[]",
                  "stopped": now.awake, "resumed": now.awake, "today": 0}
+        self._db.execute("BEGIN IMMEDIATE")
+        for statement in f"{before};\n{schema}".split(";\n"):
+            self._db.execute(statement)
         self._db.executemany("INSERT OR IGNORE INTO META VALUES (?, ?)", facts.items())
+        for statement in after.split(";\n"):
+            self._db.execute(statement)
         self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         self._db.execute("COMMIT")
 
@@ -928,6 +931,7 @@ class Store:
             for table in ("SERVICES", "MESSAGES", "LOCKS", "CLOSED", "AGENTS", "ANSWERS"):
                 tx.run(f"UPDATE {table} SET expires = ? + ttl WHERE expires IS NOT NULL", now.awake)
             tx.run("UPDATE TASKS SET due = ? + ttl WHERE due > 0", now.awake)
+            tx.run("UPDATE READERS SET heard = ?", now.awake)
             tx.run("UPDATE DELIVERIES SET due = ? WHERE due IS NOT NULL", now.awake)
             tx.run("UPDATE SERVICES SET born = 0, birth = NULL")
             tx.run("UPDATE LOCKS SET birth = 0 WHERE birth IS NOT NULL")  # no process has that start time: it is dead
@@ -1030,11 +1034,11 @@ class Transaction:
     def __init__(self, store: Store, now: Now) -> None:
         self._store, self.now = store, now
         self.rows, self.row, self.value, self.run = store.rows, store.row, store.value, store.run
-        self.topics: set[str] = set()
+        self.topics: list[str] = []  # as often as there is something for one more of a line
         self.due = MAX_INTEGER
 
     def ring(self, *topics: str) -> None:
-        self.topics.update(topics)
+        self.topics += topics
 
     def lasts(self, ttl: Optional[int]) -> Optional[int]:
         """When a lease of that length that begins now is over, on the awake clock."""
@@ -1139,10 +1143,11 @@ def message_append(tx: Transaction, channel: str, payload: Any, sender: Optional
     tx.run("INSERT INTO CHANNELS VALUES (?, 1, ?, ?, 0) ON CONFLICT (name) DO UPDATE SET count = count + 1, "
            "bytes = bytes + excluded.bytes, last = excluded.last", channel, len(text.encode()), number)
     while tx.value("SELECT count > ? OR bytes > ? FROM CHANNELS WHERE name = ?", KEEP_MESSAGES, KEEP_BYTES, channel):
-        rows = tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ? AND id < ? AND {UNWANTED} ORDER BY id LIMIT 1",
-                       channel, number)
+        rows = tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ?2 AND id < ?3 AND {UNWANTED} ORDER BY id LIMIT 1",
+                       tx.now.awake - DAY, channel, number)
         if not rows:
-            slowest = tx.value("SELECT team FROM READERS WHERE channel = ? AND leasing ORDER BY cursor", channel)
+            slowest = tx.value("SELECT team FROM READERS WHERE channel = ? AND heard > ? ORDER BY cursor", channel,
+                               tx.now.awake - DAY)
             raise PortDaddyError("CHANNEL_FULL", f"channel {channel} holds {KEEP_MESSAGES} messages or {KEEP_BYTES} bytes, "
                                  f"and the group {slowest} has not done with them; let it work, or forget it and its dead "
                                  f"letters (pd groups rm {channel} {slowest})", channel=channel, group=slowest)
@@ -1179,19 +1184,20 @@ def message_sweep(tx: Transaction) -> None:
 # A group of workers takes each message once. What it has not seen lies behind its cursor; what it was given and has not
 # done with is a row in TASKS.
 
-def reader_note(tx: Transaction, channel: str, team: str, cursor: int, leasing: bool) -> None:
-    """Note how far a group has read; from the first time on which it leases, what it has not done with is kept for it."""
+def reader_note(tx: Transaction, channel: str, team: str, cursor: int = 0) -> None:
+    """Note that a group polls, and how far it has read."""
     tx.run("INSERT INTO READERS VALUES (?, ?, ?, ?, ?) ON CONFLICT (channel, team) DO UPDATE SET cursor = max(cursor, "
-           "excluded.cursor), polled = excluded.polled, leasing = max(leasing, excluded.leasing)", channel, team, cursor,
-           tx.now.wall, leasing)
+           "excluded.cursor), polled = excluded.polled, heard = excluded.heard", channel, team, cursor, tx.now.wall,
+           tx.now.awake)
 
 
 def message_waiting(db: Sql, channel: str, team: str, awake: int) -> Optional[Any]:
     """The message that the group reads next: one that it was given before, else the first behind its cursor."""
-    back = db.row("SELECT MESSAGES.*, attempts FROM TASKS JOIN MESSAGES ON MESSAGES.id = message WHERE TASKS.channel = ? "
-                  "AND team = ? AND receipt IS NULL AND due <= ? ORDER BY message LIMIT 1", channel, team, awake)
-    return back or db.row("SELECT *, 0 AS attempts FROM MESSAGES WHERE channel = ?1 AND id > ifnull((SELECT cursor FROM "
-                          "READERS WHERE channel = ?1 AND team = ?2), 0) ORDER BY id LIMIT 1", channel, team)
+    back = db.row("SELECT MESSAGES.*, attempts, 0 AS new FROM TASKS JOIN MESSAGES ON MESSAGES.id = message WHERE "
+                  "TASKS.channel = ? AND team = ? AND receipt IS NULL AND due <= ? ORDER BY message LIMIT 1", channel, team,
+                  awake)
+    return back or db.row("SELECT *, 0 AS attempts, 1 AS new FROM MESSAGES WHERE channel = ?1 AND id > ifnull((SELECT "
+                          "cursor FROM READERS WHERE channel = ?1 AND team = ?2), 0) ORDER BY id LIMIT 1", channel, team)
 
 
 def message_take(tx: Transaction, channel: str, team: str, lease: Optional[int], most: int,
@@ -1201,7 +1207,7 @@ def message_take(tx: Transaction, channel: str, team: str, lease: Optional[int],
     if not message:
         return None
     number = message["id"]
-    reader_note(tx, channel, team, number, lease is not None)
+    reader_note(tx, channel, team, number if message["new"] else 0)
     if lease is None:
         tx.run("DELETE FROM TASKS WHERE channel = ? AND team = ? AND message = ?", channel, team, number)
         return message, None
@@ -1212,10 +1218,11 @@ def message_take(tx: Transaction, channel: str, team: str, lease: Optional[int],
 
 
 def message_return(tx: Transaction, channel: str, team: str, message: int, receipt: Optional[str]) -> None:
-    """Undo a take whose answer did not reach the worker."""
+    """Undo a take whose answer did not reach the worker; not for a group that was forgotten, which begins anew."""
     if receipt is None:
-        tx.run("INSERT INTO TASKS (channel, team, message, attempts, most, due) SELECT ?, ?, id, 0, 0, 0 FROM MESSAGES "
-               "WHERE id = ?", channel, team, message)
+        tx.run("INSERT INTO TASKS (channel, team, message, attempts, most, due) SELECT MESSAGES.channel, team, id, 0, 0, 0 "
+               "FROM MESSAGES JOIN READERS USING (channel) WHERE channel = ? AND team = ? AND id = ? AND id <= cursor",
+               channel, team, message)
     else:
         tx.run("UPDATE TASKS SET receipt = NULL, due = 0, agent = NULL, attempts = attempts - 1 WHERE receipt = ? AND "
                "channel = ? AND team = ? AND message = ?", receipt, channel, team, message)
@@ -1255,9 +1262,10 @@ def task_fail(tx: Transaction, row: Any, error: Optional[str], delay: int = 0) -
 
 def task_redrive(tx: Transaction, channel: str, team: Optional[str], message: Optional[int]) -> int:
     """Let dead messages wait for their group again, with all their attempts before them; how many those were."""
-    tx.ring(f"channel:{channel}")
-    return tx.run("UPDATE TASKS SET due = 0, attempts = 0, died = NULL WHERE channel = ?1 AND died IS NOT NULL AND (?2 IS "
-                  "NULL OR team = ?2) AND (?3 IS NULL OR message = ?3)", channel, team, message)
+    count = tx.run("UPDATE TASKS SET due = 0, attempts = 0, died = NULL WHERE channel = ?1 AND died IS NOT NULL AND (?2 IS "
+                   "NULL OR team = ?2) AND (?3 IS NULL OR message = ?3)", channel, team, message)
+    tx.ring(*[f"channel:{channel}"] * count)
+    return count
 
 
 def task_sweep(tx: Transaction) -> None:
@@ -1283,18 +1291,23 @@ def lock_rows(db: Sql, name: str, awake: int) -> list[Any]:
     return db.rows("SELECT * FROM LOCKS WHERE name = ? AND expires > ? ORDER BY token", name, awake)
 
 
+def lock_agree(name: str, held: Sequence[Any], seats: int) -> None:
+    """The first holder says how many there may be, until the lock is free."""
+    if held and held[0]["seats"] != seats:
+        limit = held[0]["seats"]
+        raise PortDaddyError("LIMIT_MISMATCH", f"lock {name} is held with limit {limit}, which stays until it is free; ask "
+                             f"with limit {limit}, or wait until then", limit=limit)
+
+
 def lock_take(tx: Transaction, name: str, owner: Optional[str], ttl: int, pid: Optional[int], birth: Optional[int],
               seats: int, delay: int, metadata: Optional[dict[str, Any]]) -> Optional[int]:
     """Take a free seat of a lock; its fencing token, or None when there is none, or the lock is closed for its delay."""
     lock_sweep(tx, "name = ? AND expires <= ?", name, tx.now.awake)
     if tx.value("SELECT 1 FROM CLOSED WHERE name = ? AND expires > ?", name, tx.now.awake):
         return None
-    held = {row["seat"]: row["seats"] for row in tx.rows("SELECT seat, seats FROM LOCKS WHERE name = ?", name)}
-    limit = next(iter(held.values()), seats)
-    if limit != seats:
-        raise PortDaddyError("LIMIT_MISMATCH", f"lock {name} is held with limit {limit}, which stays until it is free; ask "
-                             f"with limit {limit}, or wait until then", limit=limit)
-    seat = next((number for number in range(seats) if number not in held), None)
+    held = tx.rows("SELECT seat, seats FROM LOCKS WHERE name = ?", name)
+    lock_agree(name, held, seats)
+    seat = next((number for number in range(seats) if number not in [row["seat"] for row in held]), None)
     if seat is None:
         return None
     token = tx.next_token()
@@ -1312,7 +1325,8 @@ def lock_free(tx: Transaction, row: Any, kind: str, reason: str) -> bool:
     tx.emit(kind, row["name"], row["owner"], lockName=row["name"], owner=row["owner"], token=row["token"],
             reason=reason)
     if kind == "lock.expire" and row["delay"]:  # whoever lost it without knowing has this long to notice
-        tx.run("INSERT OR REPLACE INTO CLOSED VALUES (?, ?, ?)", row["name"], tx.lasts(row["delay"]), row["delay"])
+        tx.run("INSERT INTO CLOSED VALUES (?1, ?2, ?3) ON CONFLICT (name) DO UPDATE SET expires = ?2, ttl = ?3 WHERE "
+               "expires < ?2", row["name"], tx.lasts(row["delay"]), row["delay"])
     tx.ring(f"lock:{row['name']}")
     return True
 
@@ -1402,6 +1416,18 @@ def delivery_replay(tx: Transaction, hook: str, number: int) -> bool:
                   tx.now.awake, number, hook) == 1
 
 
+# --- leases -----------------------------------------------------------------------------------------------------------
+
+def lease_spare(tx: Transaction) -> bool:
+    """Let nothing be over that could have been renewed had we been there; whether there is any lease."""
+    now, leases = tx.now.awake, 0
+    for table, column in (("LOCKS", "expires"), ("AGENTS", "expires"), ("SERVICES", "expires"), ("TASKS", "due")):
+        where = {"AGENTS": "alive AND expires", "TASKS": "due > 0 AND due"}.get(table, column)
+        tx.run(f"UPDATE {table} SET {column} = ? WHERE {where} <= ?", now + 1, now)
+        leases += tx.value(f"SELECT count(*) FROM {table} WHERE {where} > ?", now)
+    return leases > 0
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 def answer_row(db: Sql, scope: bytes, awake: int) -> Optional[Any]:
@@ -1455,8 +1481,8 @@ def prune(tx: Transaction, elapsed: int) -> None:
            KEEP_FORMER_PORTS)
     tx.run("DELETE FROM ANSWERS WHERE expires <= ? OR id <= (SELECT id FROM ANSWERS ORDER BY id DESC LIMIT 1 OFFSET ?)",
            tx.now.awake, KEEP_ANSWERS)
-    tx.run("DELETE FROM READERS WHERE polled < ? AND channel NOT IN (SELECT name FROM CHANNELS)",
-           tx.now.wall - KEEP_DAYS * DAY)
+    tx.run("DELETE FROM READERS WHERE channel NOT IN (SELECT name FROM CHANNELS) AND polled <= (SELECT polled FROM READERS "
+           "ORDER BY polled DESC LIMIT 1 OFFSET ?)", KEEP_READERS)
 
 
 def event_drop(tx: Transaction, last: int) -> None:
@@ -1471,7 +1497,7 @@ def make_room(tx: Transaction) -> None:
     count = tx.value("SELECT count(*) FROM EVENTS")
     event_drop(tx, tx.value("SELECT id FROM EVENTS ORDER BY id LIMIT 1 OFFSET ?", count // 2) or 0)
     if count < KEEP_EVENTS // 10:
-        rows = tx.rows(f"SELECT channel, {SIZE} FROM MESSAGES WHERE {UNWANTED} ORDER BY id LIMIT 1000")
+        rows = tx.rows(f"SELECT channel, {SIZE} FROM MESSAGES WHERE {UNWANTED} ORDER BY id LIMIT 1000", tx.now.awake - DAY)
         for channel in {row["channel"] for row in rows}:
             message_drop(tx, channel, [row for row in rows if row["channel"] == channel])
 
@@ -2180,7 +2206,7 @@ def file_hash(path: str) -> str:
 
 BIRTH_SLACK = 20  # ms: the kernel counts the start of a process in ticks of 10 ms
 TICK_AT_MOST, PRUNE_EVERY = 60_000, 60_000
-LOOK_EVERY, STALL, GRACE, GRACE_AT_MOST = 500, 1_000, 5_000, 300_000
+LOOK_EVERY, STALL, GRACE, GRACE_AT_MOST = 500, 500, 5_000, 300_000
 HEALTH_EVERY, HEALTH_TIMEOUT = 5_000, 2.0
 
 
@@ -2212,8 +2238,10 @@ class LeaseClock:
         now, self.slept = clock.now().awake, clock.slept()
         self.seen = self.expected = now  # when it was last read, and when it will be at the latest
         self.stopped, self.resumed = int(store.meta("stopped")), int(store.meta("resumed"))
-        if store.value("SELECT 1 FROM LOCKS UNION SELECT 1 FROM AGENTS WHERE alive UNION SELECT 1 FROM TASKS WHERE due"):
-            self.stop(self.read(now), now + GRACE)  # the time without a daemon has counted
+        value = self.read(now)  # the time without a daemon has counted, but what it has ended begins with the grace
+        with store.transaction(lambda: Now(0, value, "")) as tx:
+            if lease_spare(tx):
+                self.stop(value, now + GRACE)
 
     def read(self, now: int) -> int:
         return self.stopped + max(0, now - self.resumed)
@@ -2310,8 +2338,8 @@ class Daemon:
         self.now = self.leases.now
         self.port = settings.port  # the real one, once a server has bound it
         self.instance, self.started = os.urandom(6).hex(), self.clock.now()
-        # Awake: when the next tick is due. A lease that ends earlier rings the keeper; while a tick runs it is beyond
-        # everything, so that what is written after the tick has looked rings too.
+        # Awake: when the next tick is due. A lease that ends earlier rings the keeper; while a tick runs, or when there is
+        # nothing to look after, it is beyond everything, so that whatever ends rings.
         self.planned = 0
         self.pruned = self.started.awake  # when `prune` last ran, on the clock of the machine
         self.performing: dict[bytes, bytes] = {}  # requests with an Idempotency-Key that are being performed
@@ -2327,6 +2355,7 @@ class Daemon:
     def _ring(self, tx: Transaction) -> None:
         self.bell.ring(*tx.topics)
         if tx.due < self.planned:
+            self.leases.expect(LOOK_EVERY)
             self.bell.ring("keeper")
 
     def wait(self, asker: Asker, look: Callable[[], Optional[T]], timeout: int, topics: Sequence[str],
@@ -2465,7 +2494,7 @@ class Daemon:
         due = self._due()
         often = bound or due < MAX_INTEGER or self.store.trouble  # while there are leases, we look whether we are held up
         pause = max(0, min(due - now.awake + now.pause, LOOK_EVERY if often else TICK_AT_MOST))
-        self.planned = now.awake + pause
+        self.planned = now.awake + pause if often else MAX_INTEGER
         self.leases.expect(pause)
         return pause
 
@@ -2660,7 +2689,8 @@ def quota(tx: Transaction, agent: Optional[str], column: str, table: str, owner:
     """Refuse when a registered agent has as many as it allowed itself."""
     row = agent_alive(tx, agent, tx.now.awake)
     most = row[column] if row else None
-    current = tx.value(f"SELECT count(*) FROM {table} WHERE {owner} = ?", agent) if most is not None else 0
+    current = tx.value(f"SELECT count(*) FROM {table} WHERE {owner} = ? AND ifnull(expires > ?, 1)", agent,
+                       tx.now.awake) if most is not None else 0
     if most is not None and current >= most:
         raise PortDaddyError("LIMIT", f"agent {agent} has {current} {table.lower()}, and registered with at most {most}; "
                              "release one, or register again with a higher limit", current=current, max=most)
@@ -3076,7 +3106,7 @@ def poll(daemon: Daemon, asker: Asker, channel: ChannelPattern, timeout: PollTim
         raise PortDaddyError("BAD_VALUE", "a worker polls one channel by name; a pattern can be followed (pd sub), or "
                              "polled with after", field="channel")
     team = group or "default"
-    seen = note_poll(daemon, channel, team, lease is not None)
+    seen = note_poll(daemon, channel, team)
 
     def take() -> Optional[tuple[Any, Optional[str], Now]]:
         daemon.sweep_messages()
@@ -3090,7 +3120,7 @@ def poll(daemon: Daemon, asker: Asker, channel: ChannelPattern, timeout: PollTim
     taken = daemon.wait(asker, take, timeout, [f"channel:{channel}"], line=team)
     if not taken:
         if timeout:
-            seen = note_poll(daemon, channel, team, lease is not None)
+            seen = note_poll(daemon, channel, team)
         return ok(message=None, lastId=seen)
     message, receipt, now = taken
 
@@ -3103,12 +3133,12 @@ def poll(daemon: Daemon, asker: Asker, channel: ChannelPattern, timeout: PollTim
     return ok(message=message_view(message), lastId=message["id"], **(leased if receipt else {}))
 
 
-def note_poll(daemon: Daemon, channel: str, team: str, leasing: bool) -> int:
+def note_poll(daemon: Daemon, channel: str, team: str) -> int:
     """Make a group known when it first polls, and tell when it last did, to the second; how far it has read."""
     row = daemon.store.row("SELECT * FROM READERS WHERE channel = ? AND team = ?", channel, team)
-    if not row or leasing > row["leasing"] or abs(daemon.now().wall - row["polled"]) > 1_000:
+    if not row or daemon.now().awake - row["heard"] > 1_000:
         with daemon.write() as tx:
-            reader_note(tx, channel, team, 0, leasing)
+            reader_note(tx, channel, team)
     return row["cursor"] if row else 0
 
 
@@ -3350,6 +3380,7 @@ def lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] 
     asker.undo = give_back
     grant = daemon.wait(asker, take, wait, [f"lock:{name}"], line="", turn=True)
     if grant is None:
+        lock_agree(name, lock_rows(daemon.store, name, daemon.now().awake), limit)
         raise lock_held(daemon, name, round((time.monotonic() - began) * 1000) if wait else 0)
     return grant
 
@@ -4979,6 +5010,11 @@ class PortDaddy(Caller):
         return False
 
 
+def is_away(problem: PortDaddyError) -> bool:
+    """Whether the daemon may only be starting again."""
+    return isinstance(problem, DaemonUnreachable) or problem.status == 503
+
+
 class Renewal:
     """A thread that renews a lease after each third of it, until it is stopped or the lease is lost."""
 
@@ -5065,18 +5101,25 @@ class Task:
 
     def __exit__(self, kind: Optional[type], error: Optional[BaseException], trace: object) -> bool:
         self._renewal.stop()
-        work, said = self.work, f"{type(error).__name__}: {error}" if error else self.error
-        try:
-            if said:
-                reply = work.pd.nack(work.channel, self.receipt, group=work.group, delay=work.delay, error=said[:1000])
-                say(f"{work.channel} {self.id} failed ({said}), and is {'dead' if reply['dead'] else 'given back'}")
-            else:
-                work.pd.ack(work.channel, self.receipt, group=work.group)
-        except PortDaddyError as problem:
-            if problem.code != "STALE_RECEIPT" and error is None:
-                raise
-            say(f"{work.channel} {self.id}: {problem}")
-        return isinstance(error, Exception)
+        said = f"{type(error).__name__}: {error}" if error else self.error
+        deadline = time.monotonic() + self.work.lease / 1000
+        while True:
+            try:
+                self._answer(said)
+            except PortDaddyError as problem:
+                if is_away(problem) and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                say(f"{self.work.channel} {self.id}: {problem}")  # the group gets it again
+            return isinstance(error, Exception)
+
+    def _answer(self, said: str) -> None:
+        work = self.work
+        if said:
+            reply = work.pd.nack(work.channel, self.receipt, group=work.group, delay=work.delay, error=said[:1000])
+            say(f"{work.channel} {self.id} failed ({said}), and is {'dead' if reply['dead'] else 'given back'}")
+        else:
+            work.pd.ack(work.channel, self.receipt, group=work.group)
 
 
 class Work:
@@ -5105,8 +5148,7 @@ class Work:
                 if self.idle is not None and self.heard - began >= self.idle / 1000:
                     raise StopIteration
             except PortDaddyError as problem:  # a daemon that is away for a moment is waited for
-                away = isinstance(problem, DaemonUnreachable) or problem.status == 503
-                if not away or self.heard is None or time.monotonic() - self.heard > 90:
+                if not is_away(problem) or self.heard is None or time.monotonic() - self.heard > 90:
                     raise
                 time.sleep(0.1)
 
@@ -5164,8 +5206,7 @@ class Subscription(Closing):
                 return
             except PortDaddyError as problem:
                 self._drop()
-                again = isinstance(problem, DaemonUnreachable) or problem.status == 503
-                if self.last is None or not again or time.monotonic() > deadline:
+                if self.last is None or not is_away(problem) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
 
