@@ -880,6 +880,7 @@ class Store:
             self.ids, self.tokens = (Counter(key, int(self.meta(key))) for key in ("ids", "tokens"))
             if self.meta("boot") != now.boot:
                 self._reboot(now)
+            self.clock = int(self.meta("stopped")), int(self.meta("resumed"))  # that of leases, as it was left
         except self._errors as error:
             self.close(clean=False)
             if re.search("malformed|not a database", str(error)):
@@ -2237,7 +2238,7 @@ class LeaseClock:
         self.clock, self.store = clock, store
         now, self.slept = clock.now().awake, clock.slept()
         self.seen = self.expected = now  # when it was last read, and when it will be at the latest
-        self.stopped, self.resumed = int(store.meta("stopped")), int(store.meta("resumed"))
+        self.stopped, self.resumed = store.clock
         value = self.read(now)  # the time without a daemon has counted, but what it has ended begins with the grace
         with store.transaction(lambda: Now(0, value, "")) as tx:
             if lease_spare(tx):
@@ -4197,6 +4198,8 @@ class Connection:
             status, extra = 200, ""
         except PortDaddyError as problem:
             status, reply, extra = problem.status, problem.body, "Retry-After: 1\r\n" if problem.status == 503 else ""
+            if problem.code == "STORAGE_FULL":
+                self.server.daemon.bell.ring("keeper")  # who looks when there is room again
             if problem.code == "METHOD_NOT_ALLOWED":
                 extra = f"Allow: {', '.join(problem.facts['allow'])}\r\n"
         return self.send(status, reply, extra, asker) if isinstance(reply, dict) else self.send_stream(reply)

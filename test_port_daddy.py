@@ -20,6 +20,7 @@ import collections
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import hashlib
 import heapq
 import hmac
@@ -33,6 +34,7 @@ import os
 import platform
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -45,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.parse
 from pathlib import Path
 from typing import Any, Dict, NamedTuple
@@ -1281,8 +1284,10 @@ PROMISED_PROBLEMS = {
     "TARGET_REFUSED": (400, 2), "HOST_NOT_ALLOWED": (403, 1), "ORIGIN_NOT_ALLOWED": (403, 1), "CROSS_SITE": (403, 1),
     "NOT_OWNER": (403, 4), "NOT_FOUND": (404, 3), "METHOD_NOT_ALLOWED": (405, 2), "TIMED_OUT": (408, 5),
     "LOCK_HELD": (409, 4), "LOCK_LOST": (409, 4), "PORT_TAKEN": (409, 4), "PORT_HIJACKED": (409, 4),
-    "NO_PORTS": (409, 4), "TOO_LARGE": (413, 2), "UNSUPPORTED_MEDIA": (415, 2), "LIMIT": (429, 4),
-    "INTERNAL": (500, 1), "NOT_IMPLEMENTED": (501, 1), "SHUTTING_DOWN": (503, 1),
+    "LIMIT_MISMATCH": (409, 4), "STALE_RECEIPT": (409, 4), "NO_PORTS": (409, 4), "TOO_LARGE": (413, 2),
+    "UNSUPPORTED_MEDIA": (415, 2), "KEY_REUSED": (422, 2), "LIMIT": (429, 4), "INTERNAL": (500, 1),
+    "NOT_IMPLEMENTED": (501, 1), "BUSY": (503, 1), "SHUTTING_DOWN": (503, 1), "STORAGE_FULL": (507, 1),
+    "CHANNEL_FULL": (507, 1),
 }
 
 
@@ -1520,6 +1525,14 @@ def test_many_rings_and_many_waiters_lose_nothing():
             box.append(f"n{next(counter)}")
         bell.ring("a")
     assert len({wait.result(25) for wait in waits}) == 40
+
+
+def test_a_ring_wakes_one_of_a_line_and_everybody_without_one():
+    bell = port_daddy.Bell()
+    waiters = [*(bell.join(["a"], line="workers") for _ in range(3)), bell.join(["a"]), bell.join(["b"])]
+    for woken in ([True, False, False, True, False], [True, True, False, True, False]):
+        bell.ring("a")
+        assert [waiter.rung for waiter in waiters] == woken
 
 
 def test_a_ring_that_comes_while_one_of_the_line_looks_is_not_lost_when_he_leaves_with_something():
@@ -6901,7 +6914,7 @@ def test_commands_do_not_speak_to_a_stranger_on_the_daemon_s_port(fresh, receive
 # The short sizes belong to the suite, `-m long` runs the long ones; PORT_DADDY_REPORT names a file for the figures.
 
 
-def record(name, seconds, **figures):
+def record(name, began, **figures):
     """Put the figures of a proof into the report, beside those of others that may be written at the same time."""
     path = os.environ.get("PORT_DADDY_REPORT")
     if path:
@@ -6909,7 +6922,7 @@ def record(name, seconds, **figures):
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             report = json.loads(file.read() or "{}")
-            report[name] = {**figures, "seconds": round(seconds, 1), "date": time.strftime("%Y-%m-%d"),
+            report[name] = {**figures, "seconds": round(time.monotonic() - began, 1), "date": time.strftime("%Y-%m-%d"),
                             "python": platform.python_version()}
             file.truncate(0)
             file.write(json.dumps(report, indent=2, sort_keys=True) + "\n")
@@ -7004,6 +7017,7 @@ class Talk:
             self.note(called, None, what, name, token, None)
         status, reply = self.ask(method, path, body)
         self.note(called, time.monotonic(), what, name, token, "ok" if status == 200 else reply.get("code"), ttl)
+        return status
 
 
 def program(role):
@@ -7270,7 +7284,7 @@ def test_a_lock_has_one_holder_and_tokens_grow_whatever_is_killed_or_stopped(spa
     assert grants > goal / 20, f"only {grants} grants in {nemesis.answered} operations"
     eventually(lambda: spawned.wire.get("/locks")["count"] == 0)  # those who held something are dead, or forgot it
     print(f"{nemesis.answered} operations, {grants} grants, judged in {judged:.2f} s; {nemesis.done}")
-    record("locks", time.monotonic() - began, operations=nemesis.answered, grants=grants, violations=0, **nemesis.done)
+    record("locks", began, operations=nemesis.answered, grants=grants, violations=0, **nemesis.done)
 
 
 def test_the_judge_of_locks_knows_a_crime_when_it_sees_one():
@@ -7306,7 +7320,7 @@ def worker(talk, dice, groups, most):
     def answer(what, task, **more):
         (group, _), receipt, lease, attempt, name = task
         body = {"group": group, "receipt": receipt, **more}
-        talk.do(what, name, attempt, lease, "POST", f"/msg/tasks/{'touch' if what == 'extend' else what}", body)
+        return talk.do(what, name, attempt, lease, "POST", f"/msg/tasks/{'touch' if what == 'extend' else what}", body)
 
     while True:
         group, lease = dice.choice(groups), dice.choice([400, 1_500])
@@ -7322,8 +7336,8 @@ def worker(talk, dice, groups, most):
             if chance < 0.1:
                 time.sleep(chance / 5)
             if message["payload"]["poison"]:
-                for what in ["nack", "ack"] if chance < 0.5 else ["nack"]:  # the second one is void
-                    answer(what, task, **({"error": "poison"} if what == "nack" else {}))
+                if answer("nack", task, error="poison") == 200 and chance < 0.5:
+                    answer("ack", task)  # which is void
             elif chance < 0.01:
                 answer("nack", task, error="tired", delay=dice.choice([0, 20]))
             elif chance < 0.015:
@@ -7406,7 +7420,7 @@ def test_every_task_is_done_once_and_only_poison_dies_whoever_is_killed(spawned,
     acquit(queue_charges(history, published, dead), history, tmp_path)
     again = sum(op.what == "take" and op.outcome == "ok" and op.token > 1 for op in history)
     print(f"{len(published)} tasks for {len(GROUPS)} groups, {len(dead)} dead, {again} given again; {nemesis.done}")
-    record("queue", time.monotonic() - began, tasks=len(published), groups=len(GROUPS), dead=len(dead), again=again,
+    record("queue", began, tasks=len(published), groups=len(GROUPS), dead=len(dead), again=again,
            violations=0, **nemesis.done)
 
 
@@ -7539,7 +7553,7 @@ def test_what_a_reader_received_and_what_it_was_told_to_have_lost_is_all_that_wa
     received = sum(len(reader.seen) // 2 for reader in readers) - gaps
     print(f"{len(published)} messages, {received} received, {gaps} gaps, {sum(reader.cuts for reader in readers)} cuts")
     assert gaps, "nobody was told of a loss: the proof has become weaker than it was"
-    record("streams", time.monotonic() - began, messages=len(published), readers=16, received=received, gaps=gaps,
+    record("streams", began, messages=len(published), readers=16, received=received, gaps=gaps,
            cuts=sum(reader.cuts for reader in readers), kills=kills, violations=0)
 
 
@@ -7709,7 +7723,7 @@ def test_kills_under_mixed_load_lose_no_answered_write(spawned, dice, tmp_path, 
         acquit(charges, [wanted, there], tmp_path)
     writes = sum(hand.writes for hand in hands)
     print(f"{cycles} kills, {writes} answered writes in {sum(hand.turns for hand in hands)} turns")
-    record("kills", time.monotonic() - began, cycles=cycles, writes=writes, lost=0)
+    record("kills", began, cycles=cycles, writes=writes, lost=0)
 
 
 # ---- 5. starters ----------------------------------------------------------------------------------------------------
@@ -7731,7 +7745,7 @@ def test_twenty_commands_at_once_start_one_daemon_and_all_succeed(fresh, rounds)
         assert len(pd.get_activity(type="daemon.start", limit=1_000)["entries"]) == turn
         os.kill(told["pid"], signal.SIGKILL if turn % 2 else signal.SIGTERM)  # what a kill leaves behind must not matter
         eventually(lambda pd=pd: not pd.ping())
-    record("starters", time.monotonic() - began, rounds=rounds, commands=20, failures=0)
+    record("starters", began, rounds=rounds, commands=20, failures=0)
 
 
 # ---- 6. webhooks ----------------------------------------------------------------------------------------------------
@@ -7821,8 +7835,1070 @@ def test_every_event_is_delivered_whatever_the_receiver_does_and_whenever_the_da
     acquit(delivery_charges(receiver.got, published), receiver.got, tmp_path)
     failed = sum(not taken for _, _, taken in receiver.got)
     print(f"{goal} events to {hooks} webhooks, {len(receiver.got)} attempts, {failed} of them in vain")
-    record("webhooks", time.monotonic() - began, events=goal, hooks=hooks, kills=kills, attempts=len(receiver.got),
+    record("webhooks", began, events=goal, hooks=hooks, kills=kills, attempts=len(receiver.got),
            failed=failed, lost=0)
+
+
+# =====================================================================================================================
+# FAULT POINTS — one story, told again with a fault at every statement and at every answer
+# =====================================================================================================================
+
+# A story is a function of `ask`: what it asks changes every table of the database. It is told once without a fault,
+# and what the database holds after each chapter is the truth. Then it is told again, each time in a process of its
+# own, with one fault at the n-th step of one kind:
+#
+#     exit     the process ends, before or after an SQL statement, or in the middle of an answer
+#     error    the statement, or the sending of the answer, fails
+#     delay    it takes long, and somebody else asks meanwhile
+#
+# After the fault the database is as it was after the last answered chapter, or after the next one: nothing else is
+# allowed. Then the story goes on from there and has to end as it always does, save for the numbers that were skipped.
+
+
+OPERATION = {one.name: one for one in port_daddy.OPERATIONS}
+
+
+def operate(daemon, operation, agent=None, key=None, **fields):
+    """Ask a daemon in this process, without HTTP; fields by their names on the wire."""
+    one = OPERATION[operation]
+    path = request_with(one, fields)[1] if key else ""
+    return port_daddy.perform(daemon, port_daddy.Asker(agent, key=key), one, path, one.bind(fields, {}))
+
+
+def life_story(ask):
+    """Something of everything that is remembered."""
+    hook = ask("add_webhook", url="http://127.0.0.1:9/", events=["*"])["id"]
+    ask("claim", id="app:api:main", metadata={"a": 1}, expires=3_600_000)
+    ask("claim", id="app:web:main", agent="worker")
+    ask("set_endpoint", id="app:api:main", env="prod", url="https://example.org")
+    ask("add_logs", id="app:api:main", lines=[{"stream": "stdout", "text": text} for text in ("one", "two")])
+    ask("register", id="worker", ttl=60_000, name="Worker")
+    token = ask("lock", name="deploy", owner="boss", ttl=600_000)["token"]
+    ask("lock", name="shy", owner="worker", ttl=600_000, lockDelay=20_000)
+    ask("lock", name="crane", owner="left", limit=2, ttl=30_000)
+    ask("lock", name="crane", owner="right", limit=2, ttl=600_000)
+    ask("extend_lock", name="deploy", token=token, ttl=700_000)
+    for number in range(4):
+        ask("publish", channel="tasks", payload={"n": number})
+    ask("publish", channel="tasks", payload="brief", expires=10_000)
+    ask("poll", channel="tasks", timeout=0, group="bare")
+    first = ask("poll", channel="tasks", timeout=0, lease=30_000)["receipt"]
+    second = ask("poll", channel="tasks", timeout=0, lease=30_000, maxAttempts=1)["receipt"]
+    ask("poll", channel="tasks", timeout=0, lease=300_000, agent="worker")
+    ask("touch", channel="tasks", receipt=first, lease=50_000)
+    ask("ack", channel="tasks", receipt=first)
+    ask("nack", channel="tasks", receipt=second, error="poison")
+    ask("redrive", channel="tasks")
+    third = ask("poll", channel="tasks", timeout=0, lease=30_000)["receipt"]
+    ask("nack", channel="tasks", receipt=third, delay=5_000)
+    ask("pass", ms=31_000)  # a seat of the crane, a delay and a message are over
+    ask("heartbeat", id="worker")
+    ask("test_webhook", id=hook)
+    ask("pass", ms=61_000)  # and now the agent, its lock, its task and its service
+    ask("unlock", name="deploy", token=token)
+    ask("release", id="app:api:main")
+    ask("remove_group", channel="tasks", group="bare")
+    ask("clear_channel", channel="tasks")
+    ask("unregister", id="worker")
+    ask("remove_webhook", id=hook)
+
+
+def opening_story(ask):
+    """Nothing is asked: what may fail is the opening of the database, new or of an earlier version."""
+
+
+class CountedConnection(sqlite3.Connection):
+    """A connection to the database; `step` is told of every statement, before and after."""
+
+    count, step = 0, staticmethod(lambda when, number: None)
+
+    def execute(self, *args):
+        CountedConnection.count = number = self.count + 1
+        self.step("before", number)
+        found = super().execute(*args)
+        self.step("after", number)
+        return found
+
+
+class CountedSocket:
+    """The daemon's end of a connection; `step` is told of every answer, before it is sent and in the middle of it."""
+
+    count, step = 0, staticmethod(lambda when, number: None)
+
+    def __init__(self, real):
+        self.real = real
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def sendall(self, data):
+        CountedSocket.count = number = self.count + 1
+        self.step("before", number)
+        self.real.sendall(data[:len(data) // 2])
+        self.step("after", number)
+        self.real.sendall(data[len(data) // 2:])
+
+
+class Fault(NamedTuple):
+    story: str
+    http: bool  # at an answer, else at a statement
+    kind: str
+    when: str
+    number: int
+
+
+class Telling:
+    """One telling of a story. What is answered is noted in a file; a chapter that is noted is only read again."""
+
+    def __init__(self, home, story, http=False):
+        self.home, self.path, self.story, self.http = home, home.parent / "notes", story, http
+        self.notes = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.clock, self.chapter = FakeClock(), 0
+        self.clock.wall = self.clock.awake = 1_800_000_000_000 + sum(note.get("passed", 0) for note in self.notes)
+        self.clock.boot = "a boot"
+        self.settings = port_daddy.Settings.load({"PORT_DADDY_HOME": str(home), "PORT_DADDY_PORT": "0"})
+        self.daemon = self.server = None
+        while not self.daemon:
+            try:
+                self.open()
+            except PortDaddyError as problem:
+                self.failed(problem)
+
+    def open(self):
+        if self.http:
+            self.server = port_daddy.Server(self.settings, self.clock)
+            self.server.start()
+        self.daemon = self.clock.daemon = self.server.daemon if self.http else port_daddy.Daemon(
+            self.settings, self.clock)
+
+    def tell(self):
+        self.story(self.ask)
+        return self
+
+    def ask(self, operation, agent=None, **fields):
+        self.chapter, self.asked = self.chapter + 1, operation
+        self.until = self.clock.awake + fields.get("ms", 0)
+        while self.chapter > len(self.notes):
+            try:
+                reply = self.perform(operation, agent, fields)
+            except (PortDaddyError, OSError, http.client.HTTPException) as problem:
+                if getattr(problem, "code", "STORAGE_FULL") == "STORAGE_FULL":
+                    self.failed(problem)
+                    continue
+                reply = {"code": problem.code}  # it was done before, and the answer lost
+            self.notes.append({"asked": operation, **reply})
+            with open(self.path, "a") as file:
+                file.write(json.dumps(self.notes[-1]) + "\n")
+            self.told()
+        return self.notes[self.chapter - 1]
+
+    def perform(self, operation, agent, fields):
+        if operation == "pass":
+            self.clock.advance(self.until - self.clock.awake)
+            return {"passed": fields["ms"]}
+        if not self.http:
+            return operate(self.daemon, operation, agent, f"chapter-{self.chapter}", **fields)
+        method, path, body = request_with(OPERATION[operation], fields)
+        headers = {"Idempotency-Key": f"chapter-{self.chapter}", **({"X-Agent-Id": agent} if agent else {})}
+        reply = Wire(self.server.port)(method, path, body, headers).body
+        return reply if reply["success"] else {"code": reply["code"]}
+
+    def told(self):
+        """Called after each chapter."""
+
+    def failed(self, problem):
+        raise AssertionError(f"chapter {self.chapter} failed without a fault") from problem
+
+    def state(self):
+        """What the database holds, as text: without the notes of polls and attempts, and what each start says; every
+        number that was given out stands as which of them it is, so that skipped ones make no difference."""
+        with self.daemon.store.guard:
+            def rows(sql):
+                return sqlite3.Connection.execute(self.daemon.store._db, sql).fetchall()  # not counted
+
+            tables = rows("SELECT name FROM sqlite_master WHERE type = 'table' AND name != 'META' ORDER BY 1")
+            lines = [f"{table} {tuple(row)}" for table, in tables
+                     for row in rows(SEEN.get(table) or f"SELECT * FROM {table} ORDER BY 1, 2")]
+        given = {}
+        return [re.sub(A_NUMBER, lambda one: given.setdefault(one[0], f"<{len(given)}>"), line)
+                for line in lines if "daemon.st" not in line and "elsewhere" not in line]
+
+
+A_NUMBER = r"hook_\w{12}|dlv_\w+|\b[12]\d{6}\b"  # of messages, events, receipts (1…) and locks (2…)
+SEEN = {
+    "ANSWERS": "SELECT json_remove(reply, '$.waited') FROM ANSWERS ORDER BY id",
+    "LINES": "SELECT DISTINCT service, stream, text, at FROM LINES ORDER BY id",
+    "READERS": "SELECT channel, team, cursor FROM READERS WHERE cursor",
+    "HOOKS": "SELECT id, url, events, active, created FROM HOOKS",
+    "DELIVERIES": "SELECT id, hook, event, body FROM DELIVERIES ORDER BY id",
+}
+
+
+class FaultyTelling(Telling):
+    """A telling that meets a fault, in a process of its own."""
+
+    def __init__(self, fault, states, home):
+        self.fault, self.states, self.failures, self.others = fault, states, [], []
+        (CountedSocket if fault.http else CountedConnection).step = staticmethod(self.step)
+        super().__init__(home, STORIES[fault.story], fault.http)
+
+    def step(self, when, number):
+        if (when, number) != (self.fault.when, self.fault.number):
+            return
+        if self.fault.kind == "exit":
+            os._exit(0)
+        if self.fault.kind == "error":
+            raise ConnectionResetError() if self.http else sqlite3.OperationalError("disk I/O error")
+        if self.daemon:
+            self.others.append(in_background(operate, self.daemon, "publish", channel="elsewhere", payload=1))
+        time.sleep(0.005)
+
+    def failed(self, problem):
+        assert self.fault.kind == "error" and not self.failures, problem
+        self.failures.append(problem)
+        if not self.daemon:
+            os._exit(0)  # a start that failed is over, and is told in a sentence
+        if not self.http:
+            assert problem.code == "STORAGE_FULL", problem
+            assert operate(self.daemon, "health")["status"] == "degraded"
+            expect_state(self.state(), self.states[self.chapter - 1:self.chapter + (self.asked == "pass")])
+
+    def tell(self):
+        super().tell()
+        for other in self.others:
+            assert other.result(10)["success"]
+        self.daemon.tick(self.daemon.now())
+        assert operate(self.daemon, "health")["status"] == "ok"
+        expect_state(self.state(), self.states[-1:])
+
+
+def expect_state(state, allowed):
+    """Fail with what is too much and what is missing, compared with the nearest of the states that are allowed."""
+    differences = [sorted(set(state) ^ set(each)) for each in allowed]
+    assert not min(differences, key=len), [(line in state, line) for line in min(differences, key=len)[:9]]
+
+
+def in_a_fork(work):
+    """Call it in a child that ends in the middle of whatever else it does; whether it came to no harm."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+class Walker:
+    """Tells the stories without a fault and then with each; in a process without threads, so that it can fork. The
+    world outside (who listens) stands still, and counters are reserved in threes, so that they are often."""
+
+    def __init__(self, folder):
+        self.folder, self.rounds = Path(folder), itertools.count()
+        port_daddy.port_free, port_daddy.listeners, port_daddy.since_boot = lambda port, reuse=False: True, dict, int
+        port_daddy.GRACE, port_daddy.RESERVE = 0, 3
+        sqlite3.connect = functools.partial(sqlite3.connect, factory=CountedConnection)
+        admit = port_daddy.Connection.__init__
+        port_daddy.Connection.__init__ = lambda one, server, real: admit(one, server, CountedSocket(real))
+        self.peace: Dict[Any, Any] = {}
+
+    def home(self, story):
+        """A new folder as it is when the story begins."""
+        home = self.folder / str(next(self.rounds)) / "home"
+        home.mkdir(parents=True, mode=0o700)
+        if story == "life":
+            Telling(home, opening_story).daemon.store.close()
+            with contextlib.closing(sqlite3.connect(home / "port_daddy.db")) as database, database:
+                database.execute("UPDATE META SET value = 1000000 WHERE key = 'ids'")
+                database.execute("UPDATE META SET value = 2000000 WHERE key = 'tokens'")
+        elif story == "migration":
+            write_version_1(home)
+        return home
+
+    def listen(self, story, http):
+        """Tell a story in peace: the states after each chapter, what was asked, how many steps there are to fail."""
+        home = self.home(story)
+
+        def work():
+            CountedConnection.count = CountedSocket.count = 0
+            telling = Telling(home, STORIES[story], http)
+            states = [telling.state()]
+            telling.told = lambda: states.append(telling.state())
+            asked = [note["asked"] for note in telling.tell().notes]
+            steps = CountedSocket.count if http else CountedConnection.count
+            (home / "peace").write_text(json.dumps([states, asked, steps]))
+
+        assert in_a_fork(work)
+        return json.loads((home / "peace").read_text())
+
+    def faults(self):
+        """Every point, with every kind of fault that there can be."""
+        for story, at_answers in (("life", False), ("birth", False), ("migration", False), ("life", True)):
+            self.peace[story, at_answers] = _, _, steps = self.listen(story, at_answers)
+            for number in range(1, steps + 1):
+                for kind, when in (("exit", "before"), ("exit", "after"), ("error", "before"), ("delay", "before")):
+                    yield Fault(story, at_answers, kind, when, number)
+
+    def strike(self, fault):
+        """Tell a story with a fault; judge what it leaves, and whether the story can go on from there."""
+        home, (states, asked, _) = self.home(fault.story), self.peace[fault.story, fault.http]
+
+        def work():
+            CountedConnection.count = CountedSocket.count = 0
+            FaultyTelling(fault, states, home).tell()
+
+        assert in_a_fork(work)
+        after = Telling(home, STORIES[fault.story])
+        try:
+            answered, state = len(after.notes), after.state()
+            expect_state(state, states[answered:answered + 2])
+            if state != states[answered] and asked[answered] == "poll":
+                return  # given, and nobody knows to whom: the rest would be another story
+            expect_state(after.tell().state(), states[-1:])
+            assert after.daemon.store.value("PRAGMA integrity_check") == "ok"
+            for numbers in ([note["id"] for note in after.notes if note["asked"] == "publish"],
+                            [note["token"] for note in after.notes if note["asked"] == "lock"]):
+                assert numbers == sorted(set(numbers))
+        finally:
+            after.daemon.store.close()
+
+
+STORIES = {"life": life_story, "birth": opening_story, "migration": opening_story}
+
+
+def walk(folder, count, seed):
+    """In a process of its own: so many fault points, drawn by lot, or all (0)."""
+    walker = Walker(folder)
+    faults = list(walker.faults())
+    for fault in random.Random(seed).sample(faults, count) if count else faults:
+        try:
+            walker.strike(fault)
+        except BaseException:
+            print(fault, file=sys.stderr)
+            raise
+        shutil.rmtree(walker.folder / str(next(walker.rounds) - 1))
+    print(json.dumps({"points": count or len(faults), "of": len(faults)}))
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(0, marks=pytest.mark.long)])
+def test_a_fault_at_any_statement_or_answer_leaves_all_or_nothing(count, tmp_path, dice):
+    began = time.monotonic()
+    code = f"import {__name__} as us; us.walk({str(tmp_path)!r}, {count}, {dice.random()})"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(PYTHONPATH=Path(__file__).parent), text=True,
+                          capture_output=True, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    record("faults", began, **json.loads(done.stdout))
+
+
+# ---- the database of version 1 --------------------------------------------------------------------------------------
+
+VERSION_1 = """
+CREATE TABLE META (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+CREATE TABLE EVENTS (
+  id INTEGER PRIMARY KEY, at INTEGER NOT NULL, kind TEXT NOT NULL, subject TEXT NOT NULL, agent TEXT,
+  facts TEXT NOT NULL);
+CREATE TABLE SERVICES (
+  id TEXT PRIMARY KEY, port INTEGER NOT NULL UNIQUE, pid INTEGER, birth INTEGER, claimer INTEGER, agent TEXT,
+  status TEXT NOT NULL, cmd TEXT, cwd TEXT, created INTEGER NOT NULL, seen INTEGER NOT NULL, born INTEGER NOT NULL,
+  expires INTEGER, ttl INTEGER, pair TEXT, endpoints TEXT NOT NULL, metadata TEXT,
+  health TEXT, healthy INTEGER, latency INTEGER, error TEXT, checked INTEGER, checker TEXT);
+CREATE TABLE FORMER_PORTS (id TEXT PRIMARY KEY, port INTEGER NOT NULL, at INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE LINES (
+  id INTEGER PRIMARY KEY, service TEXT NOT NULL, stream TEXT NOT NULL, text TEXT NOT NULL, at INTEGER NOT NULL);
+CREATE INDEX LINES_OF_SERVICE ON LINES (service, id);
+CREATE TABLE CHANNELS (
+  name TEXT PRIMARY KEY, count INTEGER NOT NULL, bytes INTEGER NOT NULL, last INTEGER NOT NULL,
+  dropped INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE MESSAGES (
+  id INTEGER PRIMARY KEY, channel TEXT NOT NULL, payload TEXT NOT NULL, sender TEXT, created INTEGER NOT NULL,
+  expires INTEGER, ttl INTEGER);
+CREATE INDEX MESSAGES_OF_CHANNEL ON MESSAGES (channel, id);
+CREATE INDEX MESSAGES_THAT_EXPIRE ON MESSAGES (expires) WHERE expires IS NOT NULL;
+CREATE TABLE READERS (
+  channel TEXT NOT NULL, team TEXT NOT NULL, cursor INTEGER NOT NULL, polled INTEGER NOT NULL,
+  PRIMARY KEY (channel, team)) WITHOUT ROWID;
+CREATE TABLE RETURNED (
+  channel TEXT NOT NULL, team TEXT NOT NULL, message INTEGER NOT NULL,
+  PRIMARY KEY (channel, team, message)) WITHOUT ROWID;
+CREATE TABLE LOCKS (
+  name TEXT PRIMARY KEY, owner TEXT, token INTEGER NOT NULL, pid INTEGER, birth INTEGER, acquired INTEGER NOT NULL,
+  expires INTEGER NOT NULL, ttl INTEGER NOT NULL, metadata TEXT) WITHOUT ROWID;
+CREATE TABLE AGENTS (
+  id TEXT PRIMARY KEY, name TEXT, type TEXT NOT NULL, pid INTEGER, birth INTEGER, registered INTEGER NOT NULL,
+  heartbeat INTEGER NOT NULL, expires INTEGER NOT NULL, ttl INTEGER NOT NULL, alive INTEGER, max_services INTEGER,
+  max_locks INTEGER, metadata TEXT) WITHOUT ROWID;
+CREATE TABLE HOOKS (
+  id TEXT PRIMARY KEY, url TEXT NOT NULL, events TEXT NOT NULL, secret TEXT, filter TEXT, active INTEGER NOT NULL,
+  created INTEGER NOT NULL, triggered INTEGER, successes INTEGER NOT NULL, failures INTEGER NOT NULL, metadata TEXT)
+  WITHOUT ROWID;
+CREATE TABLE DELIVERIES (
+  id INTEGER PRIMARY KEY, hook TEXT NOT NULL, event TEXT NOT NULL, body TEXT NOT NULL, status TEXT NOT NULL,
+  attempts INTEGER NOT NULL, response INTEGER, duration INTEGER, due INTEGER, error TEXT, created INTEGER NOT NULL);
+CREATE INDEX DELIVERIES_DUE ON DELIVERIES (hook, due) WHERE due IS NOT NULL;
+CREATE INDEX DELIVERIES_OF_HOOK ON DELIVERIES (hook, id);
+"""
+
+
+def write_version_1(home, now=port_daddy.Now(1_800_000_000_000, 1_800_000_000_000, "a boot")):  # noqa: B008
+    """A database as version 1 left it, with something in every table; its last id is 2000, its last token 50."""
+    rows = {
+        "META": [("ids", 2_000), ("tokens", 50), ("forgotten", 3), ("boot", now.boot), ("tag", "c0ffee00")],
+        "EVENTS": [(number, now.wall, "lock.acquire", "deploy", "boss", '{"token":41}') for number in (4, 5)],
+        "SERVICES": [("app:api:main", 3456, None, None, None, "worker", "assigned", "npm start", "/srv", now.wall,
+                      now.wall, 0, now.awake + 900_000, 900_000, None, '{"local":"http://localhost:3456"}', '{"a":1}',
+                      *[None] * 6)],
+        "FORMER_PORTS": [("app:gone:main", 3999, now.wall)],
+        "LINES": [(6, "app:api:main", "stdout", "hello", now.wall)],
+        "CHANNELS": [("tasks", 4, 4, 13, 9)],
+        "MESSAGES": [(number, "tasks", str(number % 10), None, now.wall, None, None) for number in (10, 11, 12)]
+        + [(13, "tasks", "3", "boss", now.wall, now.awake + 50_000, 50_000)],
+        "READERS": [("tasks", "default", 12, now.wall), ("tasks", "other", 13, now.wall)],
+        "RETURNED": [("tasks", "default", 10), ("tasks", "default", 12)],
+        "LOCKS": [("deploy", "boss", 41, None, None, now.wall, now.awake + 600_000, 600_000, '{"why":"release"}')],
+        "AGENTS": [("worker", "Worker", "cli", None, None, now.wall, now.wall, now.awake + 60_000, 60_000, 1, None, 9,
+                    None),
+                   ("ghost", None, "cli", None, None, now.wall, now.wall, now.awake - 1, 60_000, *[None] * 4)],
+        "HOOKS": [("hook_c0ffeec0ffee", "http://127.0.0.1:9/", '["lock.*"]', "a-good-secret", None, 0, now.wall, None,
+                   1, 2, None)],
+        "DELIVERIES": [(14, "hook_c0ffeec0ffee", "lock.acquire", '{"id":5}', "pending", 1, None, None, now.awake,
+                        "no", now.wall)],
+    }
+    home.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(home / "port_daddy.db")) as database, database:
+        database.executescript("PRAGMA page_size=1024; PRAGMA journal_mode=WAL;" + VERSION_1)
+        for table, values in rows.items():
+            for row in values:
+                database.execute(f"INSERT INTO {table} VALUES ({','.join('?' * len(row))})", row)
+        database.execute("PRAGMA user_version=1")
+
+
+def test_a_database_of_version_1_is_there_after_its_migration(make_server, clock, tmp_path):
+    write_version_1(tmp_path / "old", clock.now())
+    server = make_server(clock=clock, home=tmp_path / "old")
+    pd = PortDaddy(url=server.url)
+    clock.advance(5_001)  # the grace of a restart
+    lock = pd.check_lock("deploy", token=41)
+    assert (lock["owner"], lock["valid"], lock["limit"], lock["metadata"]) == ("boss", True, 1, {"why": "release"})
+    assert lock["expiresAt"] == clock.wall + 600_000 - 1  # it stood still during the grace
+    service = pd.get_service("app:api:main")
+    assert (service["port"], service["agentId"], service["metadata"]) == (3456, "worker", {"a": 1})
+    assert [line["text"] for line in pd.get_logs("app:api:main")["lines"]] == ["hello"]
+    assert pd.get_messages("tasks", after=5)["gap"]["to"] == 9
+    assert [(one["id"], one["payload"]) for one in pd.get_messages("tasks")["messages"]] == [
+        (10, 0), (11, 1), (12, 2), (13, 3)]
+    groups = [(one["group"], one["backlog"], one["leased"], one["dead"]) for one in pd.list_groups("tasks")["groups"]]
+    assert groups == [("default", 3, 0, 0), ("other", 0, 0, 0)]
+    worked = [pd.poll("tasks", timeout=0, lease=1_000) for _ in range(4)]
+    assert [one["message"] and one["message"]["id"] for one in worked] == [10, 12, 13, None]
+    assert [one["attempt"] for one in worked[:3]] == [1, 1, 1]
+    assert {one["id"]: one["isActive"] for one in pd.list_agents()["agents"]} == {"worker": True, "ghost": False}
+    assert pd.get_agent("worker")["agent"]["maxLocks"] == 9
+    hook = pd.get_webhook("hook_c0ffeec0ffee")
+    assert (hook["active"], hook["hasSecret"], hook["successCount"], hook["failureCount"]) == (False, True, 1, 2)
+    delivery, = pd.list_deliveries("hook_c0ffeec0ffee")["deliveries"]
+    assert (delivery["id"], delivery["status"], delivery["attempts"]) == ("dlv_c0ffee00_14", "pending", 1)
+    assert {4, 5} <= {entry["id"] for entry in pd.get_activity(type="lock.acquire")["entries"]}
+    assert pd.claim("app:gone:main")["port"] == 3999
+    assert pd.publish("tasks", "new")["id"] > 2_000 and pd.lock("other")["token"] > 50
+    clock.advance(600_000)
+    assert pd.check_lock("deploy")["held"] is False
+
+
+@pytest.mark.parametrize("rounds", [10, pytest.param(500, marks=pytest.mark.long)])
+def test_kills_in_start_up_and_migration_lose_nothing(rounds, spawn, dice):
+    began, daemon, migrated = time.monotonic(), spawn(PORT_DADDY_RANGE="3100-9999"), 0
+    now = port_daddy.Clock().now()
+    write_version_1(daemon.home, now)
+    for _ in range(rounds):
+        process = subprocess.Popen([sys.executable, str(MODULE), "serve"], env=daemon.environment(),
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(dice.random() * 0.15)
+        process.kill()
+        said = process.communicate()[0].decode()
+        assert re.fullmatch(r"(port-daddy \S+ listening on \S+\n)?", said)
+        for path in daemon.home.iterdir():
+            assert "corrupt" not in path.name
+        database = sqlite3.connect(daemon.home / "port_daddy.db")
+        with contextlib.closing(database):
+            assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            assert database.execute("SELECT token FROM LOCKS").fetchall() == [(41,)]
+            returned = "SELECT message FROM RETURNED" if version == 1 else "SELECT message FROM TASKS"
+            assert database.execute(returned).fetchall() == [(10,), (12,)]
+            assert database.execute("SELECT count(*) FROM EVENTS WHERE kind = 'lock.acquire'").fetchone() == (2,)
+        if version == 2:
+            migrated += 1
+            if migrated % 2:  # half of the starts find a folder that one of them has migrated
+                for path in daemon.home.glob("port_daddy.db*"):
+                    path.unlink()
+                write_version_1(daemon.home, now)
+    wire = daemon.start().wire
+    assert wire.get("/locks/deploy?token=41")["valid"] is True
+    assert wire.get("/msg/tasks/poll?timeout=0")["message"]["id"] == 10
+    assert wire.post("/msg/tasks", {"payload": 1})["id"] > 2_000
+    record("starts", began, kills=rounds, migrated=migrated, lost=0)
+
+
+# =====================================================================================================================
+# STORAGE — no room, damage, folders that are not ours
+# =====================================================================================================================
+
+
+def serve_in(home, **more):
+    """A start that is expected to fail: its status, and what it said."""
+    done = subprocess.run([sys.executable, str(MODULE), "serve"], capture_output=True, text=True, timeout=20,
+                          env=environment(PORT_DADDY_HOME=home, PORT_DADDY_PORT=0, **more))
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not LINUX, reason="only Linux can change the limits of another process")
+def test_a_full_disk_is_said_harms_nothing_and_is_over_when_there_is_room(spawned):
+    wire, written = spawned.wire, []
+    log_file = spawned.home / "port_daddy.db-wal"
+    wire.post("/msg/tasks", {"payload": "taken"})
+    most = log_file.stat().st_size + 50_000
+    resource.prlimit(spawned.process.pid, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    for number in itertools.count():
+        answer = wire.post("/msg/load", {"payload": f"{number}" * 1_000})
+        if answer.status != 200:
+            break
+        written.append(answer["id"])
+    assert (answer.status, answer["code"]) == (507, "STORAGE_FULL") and written
+    for attempt in range(5):  # every kind of write, more than once
+        assert wire.post("/msg/load", {"payload": "x" * 100_000}).status == 507
+        assert wire.post("/claim", {"id": f"never:{attempt}"}).status == 507
+        assert wire.post(f"/locks/never-{attempt}", {"owner": "a"}).status == 507
+        assert wire.get("/msg/tasks/poll?timeout=0").status == 507
+        assert wire.get("/health")["status"] == "degraded"
+    assert [message["id"] for message in wire.get("/msg/load?after=0&limit=1000")["messages"]] == written
+    assert wire.get("/services")["count"] == wire.get("/locks")["count"] == 0
+    assert "lock.acquire" not in [entry["type"] for entry in wire.get("/activity")["entries"]]
+    resource.prlimit(spawned.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    eventually(lambda: wire.get("/health")["status"] == "ok", 5)  # by itself
+    assert wire.get("/msg/tasks/poll?timeout=0")["message"]["payload"] == "taken"
+    written.append(wire.post("/msg/load", {"payload": "room"})["id"])
+    spawned.kill()
+    wire = spawned.start().wire
+    assert [message["id"] for message in wire.get("/msg/load?after=0&limit=1000")["messages"]] == written
+    assert wire.get("/health")["status"] == "ok" and wire.get("/msg/tasks/poll?timeout=0")["message"] is None
+
+
+def zeroed_table(path):
+    """A database in which the first page of the messages is zeros, and everything else as it was."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        page, = database.execute("SELECT rootpage FROM sqlite_master WHERE name = 'MESSAGES'").fetchone()
+        size, = database.execute("PRAGMA page_size").fetchone()
+    content = bytearray(path.read_bytes())
+    content[(page - 1) * size:page * size] = bytes(size)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(("damage", "salvaged"), [
+    (zeroed_table, 40),
+    (lambda path: path.read_bytes()[:len(path.read_bytes()) // 2 // 1024 * 1024], None),
+    (lambda path: path.read_bytes()[:20_000] + bytes(8_192) + path.read_bytes()[28_192:], None),
+    (lambda path: random.Random(1).randbytes(path.stat().st_size), 0),
+    (lambda path: b"These are my notes.\n" * 500, 0),
+    (lambda path: path.read_bytes()[:100], 0),
+], ids=["a page", "the second half", "the middle", "everything", "a text", "all but the head"])
+def test_a_damaged_database_is_moved_aside_and_what_can_be_read_is_kept(damage, salvaged, spawned):
+    wire, path = spawned.wire, spawned.home / "port_daddy.db"
+    ports = {f"app:s{number}": wire.post("/claim", {"id": f"app:s{number}"})["port"] for number in range(40)}
+    token = wire.post("/locks/a", {"owner": "a"})["token"]
+    last = [wire.post("/msg/tasks", {"payload": "x" * 500})["id"] for _ in range(60)][-1]
+    spawned.terminate()
+    damaged = damage(path)
+    path.write_bytes(damaged)
+    wire = spawned.start().wire
+    aside, = [each for each in spawned.home.iterdir() if each.name.startswith("port_daddy.db.corrupt-")]
+    assert aside.read_bytes() == damaged and aside.stat().st_mode & 0o077 == 0
+    assert "DAMAGED" in spawned.errors.read_text() and aside.name in spawned.errors.read_text()
+    kept = {service["id"]: service["port"] for service in wire.get("/services")["services"]}
+    assert kept.items() <= ports.items() and (salvaged is None or len(kept) == salvaged)
+    assert wire.post("/msg/tasks", {"payload": 1})["id"] > last
+    assert wire.post("/locks/a", {"owner": "b"})["token"] > token
+    assert wire.get("/health")["status"] == "ok"
+    assert not [each.name for each in spawned.home.iterdir() if "salvage" in each.name]
+
+
+def test_a_database_of_a_newer_version_is_left_alone(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    with contextlib.closing(sqlite3.connect(home / "port_daddy.db")) as database:
+        database.executescript("CREATE TABLE FUTURE (x); INSERT INTO FUTURE VALUES (1); PRAGMA user_version=99")
+    before = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in home.iterdir()}
+    status, said = serve_in(home)
+    assert status == 1 and said.count("\n") == 1 and "newer" in said
+    after = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in home.iterdir()}
+    assert {name: after.get(name) for name in before} == before
+    assert set(after) - set(before) <= {"daemon.lock"}
+
+
+@pytest.mark.skipif(not LINUX, reason="/sys is a folder of Linux in which nobody makes another")
+def test_a_folder_that_cannot_be_made_is_said_in_one_line():
+    status, said = serve_in("/sys/port-daddy")
+    assert status == 1 and said.count("\n") == 1 and "/sys/port-daddy" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a folder of somebody else")
+def test_a_folder_of_another_user_is_refused_in_one_line(tmp_path):
+    home = tmp_path / "theirs"
+    home.mkdir(mode=0o700)
+    os.chown(home, 65534, 65534)
+    status, said = serve_in(home)
+    assert status == 1 and said.count("\n") == 1 and "another user" in said
+    assert list(home.iterdir()) == []
+
+
+def test_a_daemon_whose_folder_is_deleted_ends_and_leaves_the_next_one_alone(spawn):
+    first = spawn().start()
+    shutil.rmtree(first.home)
+    second = spawn()
+    second.home = first.home  # where the first one still believes to be at home
+    second.start()
+    assert first.process.wait(5) == 1
+    assert "deleted or replaced" in first.errors.read_text()
+    assert json.loads((second.home / "daemon.json").read_text())["pid"] == second.process.pid
+    assert second.wire.post("/msg/tasks", {"payload": 1}).status == 200
+
+
+@pytest.mark.parametrize(("name", "most", "payload"), [("KEEP_MESSAGES", 10, "x"), ("KEEP_BYTES", 1_020, "x" * 100)])
+def test_a_channel_is_full_when_a_leasing_group_has_not_done_with_it(name, most, payload, monkeypatch, wire):
+    monkeypatch.setattr(port_daddy, name, most)
+    for _ in range(15):  # the oldest go, while nobody works on them
+        assert wire.post("/msg/tasks", {"payload": payload}).status == 200
+    task = wire.get("/msg/tasks/poll?timeout=0&group=builders&lease=60000")
+    kept = [message["id"] for message in wire.get("/msg/tasks")["messages"]]
+    refused = wire.post("/msg/tasks", {"payload": payload})
+    assert (refused.status, refused["code"], refused["group"]) == (507, "CHANNEL_FULL", "builders")
+    assert [message["id"] for message in wire.get("/msg/tasks")["messages"]] == kept  # nothing half-done
+    assert wire.get("/health")["status"] == "ok" and wire.post("/msg/other", {"payload": 1}).status == 200
+    assert wire.post("/msg/tasks/ack", {"group": "builders", "receipt": task["receipt"]}).status == 200
+    assert wire.post("/msg/tasks", {"payload": payload}).status == 200
+    assert wire.post("/msg/tasks", {"payload": payload})["code"] == "CHANNEL_FULL"
+    assert wire.delete("/msg/tasks/groups/builders")["removed"] is True
+    assert wire.post("/msg/tasks", {"payload": payload}).status == 200
+
+
+def test_a_group_that_nobody_polled_for_a_day_holds_nothing_back(monkeypatch, clock, wire):
+    monkeypatch.setattr(port_daddy, "KEEP_MESSAGES", 3)
+    wire.get("/msg/tasks/poll?timeout=0&group=gone&lease=1000")
+    for _ in range(3):
+        wire.post("/msg/tasks", {"payload": 1})
+    assert wire.post("/msg/tasks", {"payload": 1})["code"] == "CHANNEL_FULL"
+    clock.advance(86_400_001)
+    assert wire.post("/msg/tasks", {"payload": 1}).status == 200
+
+
+def test_a_full_database_forgets_activity_first_then_messages_that_nobody_wants_then_refuses(
+        monkeypatch, make_server, clock):
+    monkeypatch.setattr(port_daddy, "MAX_DATABASE", 1024 * 1024)
+    monkeypatch.setattr(port_daddy, "KEEP_EVENTS", 1_000)
+    server = make_server(clock=clock)
+    wire, refused = Wire(server.port), 0
+    wire.get("/msg/wanted/poll?timeout=0&group=g&lease=1000")
+    wanted = [wire.post("/msg/wanted", {"payload": "x" * 1_000})["id"] for _ in range(200)]
+    wire.post("/msg/idle", {"payload": "the oldest"})
+    with server.daemon.write() as tx:
+        for number in range(900):
+            tx.emit("lock.acquire", "a", None, lockName="a", owner="x" * 200, token=number, expiresAt=0)
+
+    def fill(channel):
+        """Publish until there is no room, give the daemon a minute, and tell what is left."""
+        nonlocal refused
+        answer = wire.post(f"/msg/{channel}", {"payload": "x" * 4_000})
+        while answer.status == 200:
+            answer = wire.post(f"/msg/{channel}", {"payload": "x" * 4_000})
+        assert answer["code"] == "STORAGE_FULL"
+        refused += 1
+        clock.advance(60_001)
+        channels = {each["channel"]: each["count"] for each in wire.get("/channels")["channels"]}
+        return wire.get("/metrics")["events"], channels
+
+    counts, before = [], 901
+    while not counts or counts[-1][0] >= 100:  # a tenth of KEEP_EVENTS: activity goes, by halves, nothing else
+        counts.append(fill("load"))
+        assert counts[-1][0] < before and (counts[-1][1]["idle"] == 1 or counts[-1][0] < 100), counts
+        before = counts[-1][0]
+    assert fill("load")[1]["idle"] == 0  # and then the oldest messages
+    for _ in range(40):
+        left = fill("wanted")[1]
+        if left["load"] == 0 and wire.post("/msg/wanted", {"payload": "x" * 4_000}).status == 507:
+            break
+    kept = [message["id"] for message in wire.get("/msg/wanted?after=0&limit=1000")["messages"]]
+    assert kept[:200] == wanted
+    wire.delete("/msg/wanted")
+    clock.advance(60_001)
+    assert wire.get("/health")["status"] == "ok" and wire.post("/msg/load", {"payload": "x" * 4_000}).status == 200
+
+
+# =====================================================================================================================
+# MODEL — random operations beside a dictionary, with jumps of the clock, restarts and reboots
+# =====================================================================================================================
+
+CHANNELS, TEAMS, LOCK_NAMES, AGENTS = ("tasks", "mail"), ("red", "blue"), ("x", "y"), ("ann", "bob")
+KINDS = (["publish"] * 6 + ["take"] * 3 + ["lease"] * 7 + ["ack"] * 3 + ["nack"] * 3 + ["touch", "redrive", "clear"]
+         + ["lock"] * 8 + ["extend"] * 2 + ["unlock"] * 3 + ["register", "beat", "again"] + ["pass"] * 6
+         + ["stall", "jump", "restart", "reboot"])
+
+
+def random_steps(dice, count):
+    """What to do, without looking at what comes of it: so any step can be left out."""
+    for _ in range(count):
+        kind = dice.choice(KINDS)
+        yield {"do": kind, "channel": "mail" if kind == "clear" else dice.choice(CHANNELS),
+               "group": dice.choice(TEAMS), "name": dice.choice(LOCK_NAMES), "agent": dice.choice(AGENTS),
+               "which": dice.randrange(4), "ttl": dice.choice([500, 3_000, 20_000, 90_000]),
+               "delay": dice.choice([0, 0, 2_000]), "limit": dice.choice([1, 1, 2]), "most": dice.choice([1, 2, 5]),
+               "expires": dice.choice([None, 10_000]), "ms": dice.choice([1, 100, 499, 500, 3_000, 30_000])}
+
+
+class Machine:
+    """A daemon and the model of it. Each method does one step to both, and compares what they say."""
+
+    def __init__(self, home):
+        self.clock, self.daemon = FakeClock(), None
+        self.settings = port_daddy.Settings.load({"PORT_DADDY_HOME": str(home), "PORT_DADDY_PORT": "0"})
+        home.mkdir(parents=True, mode=0o700)
+        self.now, self.pause, self.highest, self.numbers = 0, 0, {"id": 0, "token": 0}, itertools.count()
+        self.held: Dict[Any, Any] = {name: {} for name in LOCK_NAMES}  # token -> owner, until, ttl, limit, delay
+        self.closed: Dict[Any, Any] = {}  # lock -> until, ttl
+        self.alive: Dict[Any, Any] = {}  # agent -> until, ttl
+        self.messages: Dict[Any, Any] = {name: {} for name in CHANNELS}  # id -> until, ttl
+        self.groups: Dict[Any, Any] = {}  # channel, group -> cursor and tasks: id -> state, receipt, …
+        self.receipts, self.tokens, self.keyed = [], [], []
+        self.start()
+
+    def start(self):
+        self.daemon = self.clock.daemon = port_daddy.Daemon(self.settings, self.clock)
+
+    def ask(self, operation, agent=None, key=None, **fields):
+        try:
+            return operate(self.daemon, operation, agent, key, **fields)
+        except PortDaddyError as problem:
+            return {"code": problem.code}
+
+    def grown(self, kind, number):
+        assert number > self.highest[kind]
+        self.highest[kind] = number
+        return number
+
+    def step(self, step):
+        getattr(self, "do_" + step["do"])(**step)
+
+    # time
+
+    def sweep(self):
+        over = {"until": self.now}
+        for name, holders in self.held.items():
+            for token in [token for token, one in holders.items() if one["until"] <= over["until"]]:
+                self.expire(name, token)
+        self.closed = {name: one for name, one in self.closed.items() if one["until"] > self.now}
+        for agent in [agent for agent, one in self.alive.items() if one["until"] <= self.now]:
+            del self.alive[agent]
+            for name, holders in self.held.items():
+                for token in [token for token, one in holders.items() if one["owner"] == agent]:
+                    self.expire(name, token)
+            self.fail(lambda task, agent=agent: task["agent"] == agent and task["state"] == "leased")
+        for channel in CHANNELS:
+            self.drop(channel, [id for id, one in self.messages[channel].items() if one["until"] <= self.now])
+        self.fail(lambda task: task["state"] == "leased" and task["until"] <= self.now)
+
+    def expire(self, name, token):
+        lost = self.held[name].pop(token)
+        if lost["delay"]:
+            self.closed[name] = {"until": self.now + lost["delay"], "ttl": lost["delay"]}
+
+    def fail(self, condition, delay=0):
+        """Tasks whose lease came to nothing wait again, or are dead."""
+        for (channel, _), group in self.groups.items():
+            for id, task in [(id, task) for id, task in group["tasks"].items() if condition(task)]:
+                if id not in self.messages[channel]:
+                    del group["tasks"][id]
+                task.update(state="dead" if task["attempts"] >= task["most"] else "waiting", agent=None, receipt=None,
+                            until=self.now + delay, ttl=delay)
+
+    def drop(self, channel, ids):
+        for id in ids:
+            del self.messages[channel][id]
+            for team in TEAMS:
+                tasks = self.groups.get((channel, team), {"tasks": {}})["tasks"]
+                if id in tasks and tasks[id]["state"] != "leased":
+                    del tasks[id]
+
+    def later(self, ms):
+        self.now, self.pause = self.now + max(0, ms - self.pause), max(0, self.pause - ms)
+
+    def leased(self):
+        """Everything that has a lease: what a restart gives a grace, and what a reboot begins anew."""
+        tasks = [task for group in self.groups.values() for task in group["tasks"].values()]
+        return [*[one for holders in self.held.values() for one in holders.values()], *self.alive.values(),
+                *[task for task in tasks if task["state"] == "leased" or task["state"] == "waiting" and task["ttl"]
+                  and task["until"] > self.now]]
+
+    def do_pass(self, ms, **_):
+        self.clock.advance(ms)
+        self.later(ms)
+        self.sweep()
+
+    def do_stall(self, ms, **_):
+        self.daemon.leases.expect(0)
+        self.clock.stall(ms + 1_001)
+        self.pause = max(5_000, ms + 1_001)  # it stood still, and goes on doing so for a while
+        self.sweep()
+
+    def do_jump(self, which, **_):
+        self.clock.wall += (which * 2 - 3) * 365 * 86_400_000
+
+    def do_restart(self, ms, **_):
+        self.daemon.store.close(clean=bool(ms % 2))
+        self.clock.wall, self.clock.awake = self.clock.wall + ms, self.clock.awake + ms
+        graceful = self.leased()
+        self.later(ms)  # the time without a daemon counts, but what it has ended begins with the grace
+        for one in graceful:
+            one["until"] = max(one["until"], self.now + 1)
+        self.pause = 5_000 if graceful else self.pause
+        self.start()
+        self.daemon.tick(self.daemon.now())
+        self.sweep()
+
+    def do_reboot(self, ms, **_):
+        self.daemon.store.close()
+        self.clock.boot, self.clock.awake = f"boot {next(self.numbers)}", ms + 10_000
+        graceful = self.leased()
+        messages = [one for kept in self.messages.values() for one in kept.values()]
+        for one in [*graceful, *self.closed.values(), *messages]:
+            one["until"] = self.now + one["ttl"]
+        self.pause = 5_000 if graceful else 0
+        self.start()
+        self.daemon.tick(self.daemon.now())
+
+    # channels
+
+    def do_publish(self, channel, which, expires, **_):
+        fields = {"channel": channel, "payload": which, **({"expires": expires} if expires else {})}
+        key = f"key-{next(self.numbers)}"
+        reply = self.ask("publish", key=key, **fields)
+        ttl = expires or float("inf")
+        self.messages[channel][self.grown("id", reply["id"])] = {"until": self.now + ttl, "ttl": ttl}
+        self.keyed = [*self.keyed, ("publish", key, fields, reply)][-4:]
+
+    def do_again(self, which, **_):
+        for operation, key, fields, reply in self.keyed[which:which + 1]:
+            assert self.ask(operation, key=key, **fields) == reply
+            assert self.ask(operation, key=key, **{**fields, "channel": fields["channel"], "payload": "other"}) == {
+                "code": "KEY_REUSED"}
+
+    def next_task(self, channel, team):
+        group = self.groups.setdefault((channel, team), {"cursor": 0, "tasks": {}})
+        back = [id for id, task in group["tasks"].items() if task["state"] == "waiting" and task["until"] <= self.now]
+        new = [id for id in self.messages[channel] if id > group["cursor"]]
+        id = min(back, default=None) if back else min(new, default=None)
+        if id is not None:
+            group["cursor"] = max(group["cursor"], id)
+        return group["tasks"], id
+
+    def do_take(self, channel, group, **_):
+        tasks, id = self.next_task(channel, group)
+        reply = self.ask("poll", channel=channel, group=group, timeout=0)
+        assert (reply["message"] and reply["message"]["id"]) == id
+        tasks.pop(id, None)
+
+    def do_lease(self, channel, group, ttl, most, agent, which, **_):
+        tasks, id = self.next_task(channel, group)
+        agent = agent if which else None
+        reply = self.ask("poll", agent, channel=channel, group=group, timeout=0, lease=ttl, maxAttempts=most)
+        assert (reply["message"] and reply["message"]["id"]) == id
+        if id is not None:
+            attempts = tasks[id]["attempts"] + 1 if id in tasks else 1
+            assert reply["attempt"] == attempts
+            assert reply["leaseExpiresAt"] == self.clock.wall + self.pause + ttl
+            tasks[id] = {"state": "leased", "receipt": reply["receipt"], "attempts": attempts, "most": most,
+                         "until": self.now + ttl, "ttl": ttl, "agent": agent}
+            self.receipts = [*self.receipts, (channel, group, id, reply["receipt"])][-4:]
+
+    def do_ack(self, do, which, delay, ttl, **_):
+        for channel, team, id, receipt in self.receipts[which:which + 1]:
+            tasks = self.groups[channel, team]["tasks"]
+            runs = id in tasks and tasks[id]["receipt"] == receipt
+            more = {"nack": {"delay": delay}, "touch": {"lease": ttl}}.get(do, {})
+            reply = self.ask(do, channel=channel, group=team, receipt=receipt, **more)
+            assert reply.get("code") == (None if runs else "STALE_RECEIPT")
+            if runs and do == "ack":
+                del tasks[id]
+            elif runs and do == "touch":
+                tasks[id].update(until=self.now + ttl, ttl=ttl)
+            elif runs:
+                task = tasks[id]
+                self.fail(lambda one, task=task: one is task, delay)
+                assert reply["dead"] == (task["state"] == "dead" and id in tasks)
+
+    do_nack = do_touch = do_ack
+
+    def do_redrive(self, channel, group, **_):
+        tasks = self.groups.get((channel, group), {"tasks": {}})["tasks"]
+        dead = [task for task in tasks.values() if task["state"] == "dead"]
+        for task in dead:
+            task.update(state="waiting", attempts=0, until=0, ttl=0)
+        assert self.ask("redrive", channel=channel, group=group)["redriven"] == len(dead)
+
+    def do_clear(self, channel, **_):
+        assert self.ask("clear_channel", channel=channel)["deleted"] == len(self.messages[channel])
+        self.drop(channel, list(self.messages[channel]))
+
+    # locks and agents
+
+    def do_lock(self, name, agent, ttl, limit, delay, **_):
+        holders = self.held[name]
+        reply = self.ask("lock", name=name, owner=agent, ttl=ttl, limit=limit, lockDelay=delay)
+        if any(one["limit"] != limit for one in holders.values()):
+            expected = "LIMIT_MISMATCH"
+        else:
+            expected = "LOCK_HELD" if name in self.closed or len(holders) >= limit else None
+        assert reply.get("code") == expected
+        if expected is None:
+            holders[self.grown("token", reply["token"])] = {
+                "owner": agent, "until": self.now + ttl, "ttl": ttl, "limit": limit, "delay": delay}
+            self.tokens = [*self.tokens, (name, reply["token"])][-4:]
+
+    def do_extend(self, do, which, ttl, **_):
+        for name, token in self.tokens[which:which + 1]:
+            current = token in self.held[name]
+            operation, more = ("extend_lock", {"ttl": ttl}) if do == "extend" else ("unlock", {})
+            reply = self.ask(operation, name=name, token=token, **more)
+            assert reply.get("code") == (None if current else "LOCK_LOST")
+            if current and do == "extend":
+                self.held[name][token].update(until=self.now + ttl, ttl=ttl)
+            elif current:
+                del self.held[name][token]
+
+    do_unlock = do_extend
+
+    def do_register(self, agent, ttl, **_):
+        self.ask("register", id=agent, ttl=ttl)
+        self.alive[agent] = {"until": self.now + ttl, "ttl": ttl}
+
+    def do_beat(self, agent, **_):
+        if agent in self.alive:
+            self.ask("heartbeat", id=agent)
+            self.alive[agent]["until"] = self.now + self.alive[agent]["ttl"]
+
+    def compare(self):
+        """Everything that can be seen."""
+        for name, holders in self.held.items():
+            assert [one["token"] for one in self.ask("check_lock", name=name)["holders"]] == sorted(holders)
+        alive = [one["id"] for one in self.ask("list_agents", active=True)["agents"]]
+        assert sorted(alive) == sorted(self.alive)
+        for channel, kept in self.messages.items():
+            groups = {one["group"]: (one["backlog"], one["leased"], one["dead"])
+                      for one in self.ask("list_groups", channel=channel)["groups"]}
+            for team in TEAMS:
+                if (channel, team) in self.groups:
+                    group = self.groups[channel, team]
+                    states = [task["state"] for task in group["tasks"].values()]
+                    new = sum(id > group["cursor"] for id in kept)
+                    expected = new + states.count("waiting"), states.count("leased"), states.count("dead")
+                    assert groups[team] == expected, (channel, team)
+            shown = self.ask("get_messages", channel=channel, limit=1000)["messages"]
+            assert [message["id"] for message in shown] == sorted(kept)[-1000:]
+
+
+def first_failure(home, steps):
+    """Do the steps; the number of the one that went wrong and what was wrong with it, or None."""
+    machine, number = Machine(home), 0
+    try:
+        for number, step in enumerate(steps):
+            machine.step(step)
+            if number % 25 == 24 or step["do"] in ("pass", "stall", "restart", "reboot"):
+                machine.compare()
+        machine.compare()
+    except Exception:
+        return number, traceback.format_exc(limit=-2)
+    finally:
+        machine.daemon.store.close()
+        shutil.rmtree(home)
+    return None
+
+
+def shrunk(home, steps, seconds=60):
+    """Fewer steps that still fail: leave out halves, quarters, …, single ones."""
+    deadline, size = time.monotonic() + seconds, len(steps) // 2
+    while size and time.monotonic() < deadline:
+        for start in range(len(steps) - size, -1, -size):
+            fewer = steps[:start] + steps[start + size:]
+            failure = first_failure(home, fewer) if time.monotonic() < deadline else None
+            if failure:
+                steps = fewer[:failure[0] + 1]
+        size //= 2
+    return steps
+
+
+@pytest.mark.parametrize("count", [5_000, pytest.param(300_000, marks=pytest.mark.long)])
+def test_random_operations_agree_with_a_model_whatever_time_does(count, tmp_path, dice):
+    began = time.monotonic()
+    for start in range(0, count, 2_500):  # no lifetime is so long that a failure could not be shrunk
+        steps = list(random_steps(dice, min(2_500, count - start)))
+        failure = first_failure(tmp_path / "home", steps)
+        if failure:
+            few = shrunk(tmp_path / "home", steps[:failure[0] + 1])
+            said = (first_failure(tmp_path / "home", few) or failure)[1]
+            pytest.fail("\n".join([f"{len(few)} steps are enough:", *map(str, few), said]))
+    record("model", began, steps=count, disagreements=0)
+
+
+# =====================================================================================================================
+# SEEDED DEFECTS — the tests are tested: each of these must be noticed by the tests named for it
+# =====================================================================================================================
+
+DEFECTS = [
+    # name, what stands in the module exactly once, what is to stand there instead, who must notice
+    ("none at all", "", "", "a_model or damaged"),
+    ("what failed is committed", 'self._db.execute("ROLLBACK")', 'self._db.execute("COMMIT")', "leaves_nothing"),
+    ("leases on the wall clock", "self.read(now.awake), now.boot", "self.read(now.wall), now.boot", "a_model"),
+    ("counters not reserved", "meta_update(self, **{counter.key: counter.reserved})",
+     "meta_update(self, **{counter.key: counter.value - 1})", "any_statement or kills_under"),
+    ("everybody is rung", "waiter.line not in served and line", "line", "wakes_one_of_a_line"),
+    ("nobody is rung for a lock", "tx.ring(f\"lock:{row['name']}\")\n    return", "return", "served_first_come"),
+    ("grant to the gone", "if not self.connected():\n            raise AskerGone", "pass", "hung_up"),
+    ("ack without a look at the receipt", "AND receipt = ? AND due > ?", "AND ? != '' AND due > ?", "a_model"),
+    ("leases of tasks never end", "message_sweep(tx)\n        task_sweep(tx)", "message_sweep(tx)", "a_model"),
+    ("an attempt too many", 'row["attempts"] >= row["most"]', 'row["attempts"] > row["most"]', "a_model"),
+    ("no grace after a restart", "self.stop(value, now + GRACE)", "self.stop(value, now)", "a_model"),
+    ("no grace after a stall", "stall > STALL or", "", "a_model"),
+    ("lockDelay after a release", 'kind == "lock.expire" and row["delay"]', 'row["delay"]', "a_model"),
+    ("any token is good", 'if token in (None, row["token"])', "if True", "a_model"),
+    ("an answer is not kept", "answer_keep(tx, *self.request, reply)", "pass", "a_model"),
+    ("an answer outside of the transaction", "answer_keep(tx, *self.request, reply)",
+     'tx.run("COMMIT"), tx.run("BEGIN IMMEDIATE"), answer_keep(tx, *self.request, reply)', "any_statement"),
+    ("a delivery outside of the transaction", 'self.ring("events")\n        self.deliver',
+     'self.run("COMMIT"), self.run("BEGIN IMMEDIATE")\n        self.deliver', "any_statement"),
+    ("a loss that is not announced", "dropped = max(dropped, ?)", "dropped = max(dropped, 0 * ?)", "is_told"),
+    ("death keeps its tasks", "for task in tasks:", "for task in tasks[:0]:", "a_model"),
+    ("a damaged file is deleted", 'shutil.copy(f"{path}.{suffix}', 'os.replace(f"{path}.{suffix}', "damaged"),
+    ("a newer database is opened", "if version > SCHEMA_VERSION:", "if version < 0:", "newer_version"),
+    ("the next one's card is removed", '.get("instance") == self.daemon.instance:', '.get("instance"):',
+     "folder_is_deleted"),
+    ("migration forgets the returned", "0, 5, 0 FROM RETURNED;", "0, 5, 0 FROM RETURNED WHERE 0;", "of_version_1"),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("old", "new", "tests"), [pytest.param(*rest, id=name) for name, *rest in DEFECTS])
+def test_a_seeded_defect_is_noticed(old, new, tests, tmp_path):
+    began = time.monotonic()
+    for path in (MODULE, Path(__file__), MODULE.parent / "pyproject.toml"):
+        (tmp_path / path.name).write_text(path.read_text())
+    module = tmp_path / MODULE.name
+    assert not old or module.read_text().count(old) == 1
+    module.write_text(module.read_text().replace(old, new) if old else module.read_text())
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests],
+                          cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == (1 if old else 0), done.stdout[-2_000:]
+    record("defects", began, defects=len(DEFECTS) - 1, unnoticed=0)
 
 
 # =====================================================================================================================
@@ -7956,6 +9032,38 @@ def test_the_client_s_method_takes_what_the_operation_takes(operation):
     # Who is asking may come from the client itself, and what stands in the path may have a better name in Python.
     assert missing <= {"agent", "owner", "sender", "checked_by"} | in_path | RENAMED.get(operation.name, set()), missing
     assert len(invented - {"self"} - EXTRA.get(operation.name, set())) <= len(missing), invented
+
+
+PROOFS = {  # what each proof of the long size tried, in the words of the README
+    "kills": "{cycles:,} kills (-9) under mixed load, {writes:,} answered writes: {lost} lost",
+    "starts": "{kills:,} kills during start and migration: {lost} rows lost",
+    "faults": "{points:,} fault points (exit, error, delay at every SQL statement and every answer): each all or nothing",
+    "locks": "{operations:,} lock operations, {grants:,} grants, the daemon and its clients killed and stopped 200 times: "
+             "{violations} violations",
+    "queue": "{tasks:,} tasks for {groups} groups of workers, one in a hundred poison, {again:,} given again after kills "
+             "and stops: {violations} lost, doubly held or wrongly dead",
+    "streams": "{messages:,} messages to {readers} subscribers, {cuts:,} cuts, {kills} kills: what was received and the "
+               "gaps that were announced are all that was published, {violations} exceptions",
+    "webhooks": "{events:,} events to a receiver that fails, hangs, drips and closes, {kills} kills: {lost} lost",
+    "model": "{steps:,} random operations beside a model, with stalls, restarts, reboots and clock jumps: {disagreements} "
+             "disagreements",
+    "starters": "{rounds} times {commands} commands that start the daemon at once: {failures} failures, one daemon each",
+    "defects": "{defects} seeded defects: {unnoticed} unnoticed by the tests named for them",
+}
+
+
+def proofs_table():
+    """What the last long proofs found, as .ci/proofs.json tells: `PORT_DADDY_REPORT=.ci/proofs.json pytest -m long`."""
+    report = json.loads((MODULE.parent / ".ci" / "proofs.json").read_text())
+    rows = [f"| {words.format(**report[name])} | {report[name]['seconds']:.0f} s{' each' * (name == 'defects')} | "
+            f"{report[name]['date']}, Python "
+            f"{report[name]['python']} |" for name, words in PROOFS.items() if name in report]
+    return "\n".join(["| what was tried, and what came of it | took | when |", "|---|---|---|", *rows])
+
+
+def test_the_readme_tells_the_proofs_as_they_were_reported():
+    readme_blocks()
+    assert proofs_table() in (MODULE.parent / "README.md").read_text()
 
 
 def readme_blocks():
