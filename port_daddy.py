@@ -1081,9 +1081,9 @@ class Transaction:
 Sql = Union[Store, Transaction]
 
 
-def meta_update(tx: Transaction, **facts: Any) -> None:
+def meta_update(db: Sql, **facts: Any) -> None:
     for key, value in facts.items():
-        tx.run("UPDATE META SET value = ? WHERE key = ?", value, key)
+        db.run("UPDATE META SET value = ? WHERE key = ?", value, key)
 
 
 def insert(tx: Transaction, table: str, **columns: Any) -> None:
@@ -2250,8 +2250,7 @@ class LeaseClock:
     def stop(self, value: int, until: int) -> None:
         self.stopped, self.resumed = value, until
         with contextlib.suppress(PortDaddyError):  # kept for a next start of this boot
-            for key, fact in (("stopped", value), ("resumed", until)):
-                self.store.run("UPDATE META SET value = ? WHERE key = ?", fact, key)
+            meta_update(self.store, stopped=value, resumed=until)
 
     def now(self) -> Now:
         with self.store.guard:
