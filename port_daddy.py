@@ -4031,6 +4031,27 @@ def gate(request: Request) -> None:
         raise PortDaddyError("TOO_LARGE", f"the body is larger than the limit of {MAX_BODY} bytes", limit=MAX_BODY)
 
 
+class Page(NamedTuple):
+    """A reply that is no JSON object: its media type, its bytes, and what its scripts may do (a hash CSP)."""
+
+    media: str
+    body: bytes
+    policy: str = ""
+
+
+PageMaker = Callable[[Daemon, str], Optional[Page]]
+PAGES: dict[str, PageMaker] = {}
+
+
+def page(path: str) -> Callable[[PageMaker], PageMaker]:
+    """Declare what GET shows at a path beside the operations, given the daemon and the request's Accept header; None
+    leaves the request to the operation of that path."""
+    def declare(make: PageMaker) -> PageMaker:
+        PAGES[path] = make
+        return make
+    return declare
+
+
 class Router:
     """From method and path to an operation: a tree of path segments, literal ones before parameters."""
 
@@ -4065,7 +4086,7 @@ class Router:
             else:
                 node = {}
                 break
-        methods = node.get("")
+        methods = node.get("") or ({"GET": None} if path in PAGES else None)
         if not methods:
             raise PortDaddyError("NOT_FOUND", "there is no such path; the README lists them all")
         if method not in methods:
@@ -4192,7 +4213,7 @@ class Connection:
             self.close_after = close or request.version == 0 or self.server.stopping
             asker = HttpAsker(self, request.headers)
             reply = self.run(request, body, asker)
-            if not isinstance(reply, dict):
+            if not isinstance(reply, (dict, Page)):
                 self.server.daemon.check_crowd()
             status, extra = 200, ""
         except PortDaddyError as problem:
@@ -4201,7 +4222,8 @@ class Connection:
                 self.server.daemon.bell.ring("keeper")  # who looks when there is room again
             if problem.code == "METHOD_NOT_ALLOWED":
                 extra = f"Allow: {', '.join(problem.facts['allow'])}\r\n"
-        return self.send(status, reply, extra, asker) if isinstance(reply, dict) else self.send_stream(reply)
+        whole = isinstance(reply, (dict, Page))
+        return self.send(status, reply, extra, asker) if whole else self.send_stream(reply)  # type: ignore[arg-type]
 
     def read_head(self) -> Optional[bytes]:
         """The bytes up to the blank line; None when the connection ended, or was idle too long, before a first byte."""
@@ -4259,7 +4281,7 @@ class Connection:
         self.buffer = whole[request.length:]
         return whole[:request.length]
 
-    def run(self, request: Request, body: bytes, asker: HttpAsker) -> Union[Reply, Stream]:
+    def run(self, request: Request, body: bytes, asker: HttpAsker) -> Union[Reply, Page, Stream]:
         """Find the operation, bind its fields, and ask the daemon."""
         method = request.method
         if method not in METHODS:
@@ -4269,6 +4291,10 @@ class Connection:
         path, _, query = request.target.partition("?")
         if not path.startswith("/"):
             raise PortDaddyError("BAD_REQUEST", "the target must be a path that begins with /")
+        if method == "GET" and path in PAGES:
+            shown = PAGES[path](self.server.daemon, request.headers.get("accept", ""))
+            if shown:
+                return shown
         one, texts = self.server.router.find(method, path)
         if method in ("GET", "DELETE"):
             for name, text in parse_query(query).items():
@@ -4287,10 +4313,13 @@ class Connection:
     def send(self, status: int, reply: Any, extra: str, asker: Optional[Asker]) -> bool:
         self.server.watcher.watched.pop(self.socket, None)
         try:
-            body = to_json(reply).encode()
+            shown = reply if isinstance(reply, Page) else Page("application/json", to_json(reply).encode())
+            body = shown.body
             if self.close_after:
                 extra += "Connection: close\r\n"
-            head = (f"HTTP/1.1 {status} {REASONS[status]}\r\n{self.server.signature}Content-Type: application/json\r\n"
+            if shown.policy:
+                extra += f"Content-Security-Policy: {shown.policy}\r\n"
+            head = (f"HTTP/1.1 {status} {REASONS[status]}\r\n{self.server.signature}Content-Type: {shown.media}\r\n"
                     f"Content-Length: {len(body)}\r\n{extra}\r\n")
             self.socket.sendall(head.encode() + (b"" if self.bodiless else body))
         except BaseException:

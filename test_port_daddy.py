@@ -4430,6 +4430,18 @@ def test_a_body_comes_under_a_type_that_no_foreign_form_can_send(server, kind, s
     line.close()
 
 
+def test_a_page_stands_beside_the_operations_or_leaves_the_request_to_one(server, wire, monkeypatch):
+    monkeypatch.setitem(port_daddy.PAGES, "/page", lambda daemon, accept: port_daddy.Page("text/plain", b"hello", "x 'y'"))
+    monkeypatch.setitem(port_daddy.PAGES, "/health", lambda daemon, accept: port_daddy.Page("text/plain", b"well")
+                        if accept == "text/plain" else None)
+    shown = wire.get("/page")
+    assert (shown.status, shown.body, shown.headers["content-type"]) == (200, b"hello", "text/plain")
+    assert shown.headers["content-security-policy"] == "x 'y'"
+    refused = wire.post("/page")
+    assert (refused.status, refused.headers["allow"]) == (405, "GET")
+    assert wire.get("/health")["status"] == "ok" and wire.get("/health", headers={"Accept": "text/plain"}).body == b"well"
+
+
 # ---- the gate -------------------------------------------------------------------------------------------------------
 
 ROUTES = [("GET", "/health"), ("GET", "/services"), ("POST", "/claim"), ("PUT", "/locks/a"),
