@@ -100,6 +100,8 @@ PROBLEMS: dict[str, tuple[int, int, str]] = {  # code: (HTTP status, exit status
     "BAD_VALUE": (400, 2, "a value is not what was expected"),
     "UNKNOWN_FIELD": (400, 2, "there is no such field"),
     "TARGET_REFUSED": (400, 2, "that address is never called"),
+    "UNAUTHORIZED": (401, 1, "this daemon wants its token: set PORT_DADDY_TOKEN, or send Authorization: Bearer <token>"),
+    "PEER_NOT_ALLOWED": (403, 1, "this daemon serves another user of this machine; start one of your own"),
     "HOST_NOT_ALLOWED": (403, 1, "the Host header names another machine; use localhost or 127.0.0.1"),
     "ORIGIN_NOT_ALLOWED": (403, 1, "web pages of other origins may not use this daemon"),
     "CROSS_SITE": (403, 1, "web pages of other sites may not use this daemon"),
@@ -156,8 +158,8 @@ class LockLost(PortDaddyError):
 class DaemonUnreachable(PortDaddyError, builtins.ConnectionError):
     """Nobody listens, or what listens is not a Port Daddy. `.status` is 0."""
 
-    def __init__(self, message: str = "") -> None:
-        PortDaddyError.__init__(self, "UNREACHABLE", message)
+    def __init__(self, message: str = "", **facts: Any) -> None:
+        PortDaddyError.__init__(self, "UNREACHABLE", message, **facts)
 
 
 ConnectionError = DaemonUnreachable
@@ -520,8 +522,18 @@ def read_json(text: str) -> Any:
 
 SETTINGS: tuple[tuple[str, str, Any, Kind, str], ...] = (  # name, environment, default, kind, what it is
     ("port", "PORT_DADDY_PORT", 9876, Integer("a port, or 0 for any free one,", 0, 65535), "where the daemon listens"),
-    ("host", "PORT_DADDY_HOST", "", Text("127.0.0.1, ::1 or localhost", r"127\.0\.0\.1|::1|localhost|"),
-     "the loopback address it listens on (both)"),
+    ("host", "PORT_DADDY_HOST", "", Text("localhost, or an address such as ::1", r"localhost|[0-9A-Fa-f:.]*"),
+     "the address it listens on, beyond loopback only with a token"),
+    ("token", "PORT_DADDY_TOKEN", "", Text("8 to 256 visible ASCII characters", r"(?:[!-~]{8,256})?", hidden=True),
+     "what every request must then bring as Authorization: Bearer"),
+    ("allowed_hosts", "PORT_DADDY_ALLOWED_HOSTS", "", Text(
+        "host names without ports, separated by commas", r"(?:(?:^|,)(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]+\]))*"),
+     "names by which it may be called, besides localhost"),
+    ("allowed_origins", "PORT_DADDY_ALLOWED_ORIGINS", "", Text(
+        "origins such as https://app.example, separated by commas", r"(?:(?:^|,)https?://[A-Za-z0-9._:\[\]-]{1,260})*"),
+     "web pages that may use it"),
+    ("webhook_private", "PORT_DADDY_WEBHOOK_PRIVATE", True, kind_of(Bool), "whether private networks may be called"),
+    ("peer_check", "PORT_DADDY_PEER_CHECK", True, kind_of(Bool), "whether other users of this machine are refused (Linux)"),
     ("home", "PORT_DADDY_HOME", "", Text("a folder", r"[^\0]{0,4096}"), "the folder that holds its state"),
     ("url", "PORT_DADDY_URL", "", Text("a URL such as http://127.0.0.1:9876", r"(?:https?://[!-~]{1,200})?"),
      "the daemon that commands and clients talk to"),
@@ -539,6 +551,11 @@ class Settings(NamedTuple):
 
     port: int
     host: str
+    token: str
+    allowed_hosts: str
+    allowed_origins: str
+    webhook_private: bool
+    peer_check: bool
     home: str
     url: str
     agent: str
@@ -1850,17 +1867,10 @@ def listeners() -> dict[int, list[Listener]]:
 
 
 def _listeners_linux() -> Iterator[Listener]:
-    """Ask the kernel for the sockets in state LISTEN (sock_diag(7)): 40 µs where reading /proc/net/tcp takes 8 ms."""
-    tcp_listen, dump = 1 << 10, 0x301
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4) as netlink:  # NETLINK_SOCK_DIAG
-            netlink.settimeout(2)
-            for family in (socket.AF_INET, socket.AF_INET6):
-                query = struct.pack("=BBBBI48x", family, socket.IPPROTO_TCP, 0, 0, tcp_listen)
-                netlink.send(struct.pack("=IHHII", 16 + len(query), 20, dump, 1, 0) + query)
-                for kind, body in _netlink_messages(netlink):
-                    if kind == 20:  # SOCK_DIAG_BY_FAMILY: struct inet_diag_msg
-                        yield Listener(struct.unpack_from(">H", body, 4)[0], struct.unpack_from("=I", body, 68)[0], None)
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for found in sock_diag(family, 1 << 10):  # in state LISTEN
+                yield Listener(struct.unpack_from(">H", found, 4)[0], struct.unpack_from("=I", found, 68)[0], None)
     except OSError as error:
         raise_if_short(error)
         for path in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -1870,17 +1880,25 @@ def _listeners_linux() -> Iterator[Listener]:
                     yield Listener(int(words[1].rpartition(":")[2], 16), int(words[9]), None)
 
 
-def _netlink_messages(netlink: socket.socket) -> Iterator[tuple[int, bytes]]:
-    while True:
-        data, offset = netlink.recv(65536), 0
-        while offset < len(data):
-            length, kind = struct.unpack_from("=IH", data, offset)
-            if kind == 2:  # NLMSG_ERROR
-                raise OSError(errno.EOPNOTSUPP, "no sock_diag")
-            if kind == 3:  # NLMSG_DONE
+def sock_diag(family: int, states: int, which: bytes = b"") -> Iterator[bytes]:
+    """Ask the kernel for its TCP sockets in some states, or for the one that `which` names: a struct inet_diag_msg each.
+    (sock_diag(7): 40 µs where reading /proc/net/tcp takes 8 ms.)"""
+    query = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, states) + which.ljust(48, b"\0")
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4) as netlink:  # NETLINK_SOCK_DIAG
+        netlink.settimeout(2)
+        netlink.send(struct.pack("=IHHII", 16 + len(query), 20, 0x001 if which else 0x301, 1, 0) + query)
+        while True:
+            data, offset = netlink.recv(65536), 0
+            while offset < len(data):
+                length, kind = struct.unpack_from("=IH", data, offset)
+                if kind == 2:  # NLMSG_ERROR
+                    raise OSError(-struct.unpack_from("=i", data, offset + 16)[0], "sock_diag")
+                if kind == 3:  # NLMSG_DONE
+                    return
+                yield data[offset + 16:offset + length]
+                offset += (length + 3) & ~3
+            if which:
                 return
-            yield kind, data[offset + 16:offset + length]
-            offset += (length + 3) & ~3
 
 
 def _listeners_lsof() -> Iterator[Listener]:
@@ -1900,12 +1918,14 @@ def listener_pids(wanted: Iterable[Listener]) -> dict[int, int]:
         return found
     targets = {f"socket:[{key}]": key for key in known}
     for pid in sorted(all_pids()):
-        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+        try:
             for descriptor in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(FileNotFoundError):  # closed since
                     key = targets.get(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
                     if key is not None:
                         found.setdefault(key, pid)
+        except OSError as error:  # it has ended, or belongs to somebody else
+            raise_if_short(error)
         if len(found) == len(known):
             break
     return found
@@ -1968,9 +1988,7 @@ def dial(addresses: Sequence[tuple[Any, ...]], timeout: float) -> socket.socket:
             last, facts = "it closed without an answer", {"spoke": False}
         except OSError as error:
             last = error.strerror or str(error)
-    problem = DaemonUnreachable(last)
-    problem.facts = facts
-    raise problem
+    raise DaemonUnreachable(last, **facts)
 
 
 def split_url(url: str) -> tuple[str, str, int, str]:
@@ -2000,11 +2018,15 @@ def is_address(host: str) -> bool:
     return False
 
 
-def check_target(url: str, own_port: int, by_name: bool = True) -> list[tuple[Any, ...]]:
+METADATA = ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254")  # of clouds, and not link-local
+
+
+def check_target(url: str, own_port: int, private: bool = True, by_name: bool = True) -> list[tuple[Any, ...]]:
     """The addresses behind a URL that somebody gave us to call, or TARGET_REFUSED when one of them must not be.
 
-    Loopback, private and public addresses are called; our own port, link-local (which holds the clouds' metadata),
-    multicast and unspecified addresses are not. Without `by_name`, a name is left to be looked up when it is used."""
+    Loopback and public addresses are called, those of private networks if `private`; our own port, link-local, the
+    clouds' metadata, multicast, broadcast and unspecified addresses are not. Without `by_name`, a name is left to be
+    looked up when it is used."""
     import ipaddress
     _, host, port, _ = split_url(url)
     if not by_name and not is_address(host) and host != "localhost":
@@ -2017,14 +2039,34 @@ def check_target(url: str, own_port: int, by_name: bool = True) -> list[tuple[An
         ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
         if isinstance(ip, ipaddress.IPv6Address):
             nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
-            ip = ip.ipv4_mapped or (ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if nat64 else ip)
-        if ip.is_link_local or ip.is_multicast or ip.is_unspecified or str(ip) in ("255.255.255.255", "fd00:ec2::254"):
+            ip = ip.ipv4_mapped or ip.sixtofour or (ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if nat64 else ip)
+        if ip.is_link_local or ip.is_multicast or ip.is_unspecified or str(ip) in ("255.255.255.255", *METADATA):
             raise PortDaddyError("TARGET_REFUSED", f"{host} leads to {ip}, a link-local, metadata, multicast or "
                                  "unspecified address, which is never called", host=host)
+        if not private and not ip.is_global and not ip.is_loopback:
+            raise PortDaddyError("TARGET_REFUSED", f"{host} leads to {ip} in a private network, which is not called here "
+                                 "(PORT_DADDY_WEBHOOK_PRIVATE)", host=host)
         if ip.is_loopback and port == own_port:
             raise PortDaddyError("TARGET_REFUSED", f"{host}:{port} is this daemon itself; give the receiver's own port",
                                  host=host)
     return addresses
+
+
+def peer_user(connection: socket.socket) -> Optional[int]:
+    """The user whose process is at the other end of a connection inside this machine; None when the kernel does not
+    know: on another system, for another machine, and for a process that has closed its end (older kernels: root's)."""
+    if not LINUX:
+        return None
+    (theirs, their_port), (ours, our_port) = connection.getpeername()[:2], connection.getsockname()[:2]
+    addresses = (socket.inet_pton(connection.family, address).ljust(16, b"\0") for address in (theirs, ours))
+    which = struct.pack(">HH16s16s", their_port, our_port, *addresses) + struct.pack("=III", 0, 2 ** 32 - 1, 2 ** 32 - 1)
+    try:
+        for found in sock_diag(connection.family, 2 ** 32 - 1, which):
+            user, inode = struct.unpack_from("=II", found, 64)
+            return user if inode else None
+    except OSError as error:
+        raise_if_short(error)
+    return None
 
 
 def is_readable(connection: socket.socket) -> bool:
@@ -2205,7 +2247,7 @@ def file_hash(path: str) -> str:
 # 4. Leases live on `now().awake`. It stands still while the machine sleeps and, after a time in which we did not run (a
 #    stop, a stall, a restart), for a while longer, so that those who were there before can say that they still are.
 
-BIRTH_SLACK = 20  # ms: the kernel counts the start of a process in ticks of 10 ms
+BIRTH_TICK = 10 if LINUX else 1_000  # ms: the start of a process is known in steps of this, rounded down
 TICK_AT_MOST, PRUNE_EVERY = 60_000, 60_000
 LOOK_EVERY, STALL, GRACE, GRACE_AT_MOST = 500, 500, 5_000, 300_000
 HEALTH_EVERY, HEALTH_TIMEOUT = 5_000, 2.0
@@ -2391,7 +2433,7 @@ class Daemon:
         own = None
         for pid in listener_pids(there).values():
             birth = process_birth(pid)
-            if birth is not None and birth < row["born"] - BIRTH_SLACK and pid not in (row["claimer"], row["pid"]):
+            if birth is not None and birth < row["born"] - BIRTH_TICK and pid not in (row["claimer"], row["pid"]):
                 return pid, None
             own = pid
         return None, own
@@ -2434,12 +2476,15 @@ class Daemon:
         """Whether an agent that is alive has said that it checks this service itself."""
         return row["checker"] is not None and agent_alive(self.store, row["checker"], self.now().awake) is not None
 
+    def check_target(self, url: str, by_name: bool = True) -> list[tuple[Any, ...]]:
+        return check_target(url, self.port, self.settings.webhook_private, by_name)
+
     def check_health(self, row: Any) -> None:
         """Ask a service whether it is well: its health URL, else whether its port answers."""
         began, error = time.monotonic(), None
         try:
             if row["health"]:
-                addresses = check_target(row["health"], self.port)
+                addresses = self.check_target(row["health"])
                 answer = http_call("GET", row["health"], addresses, {}, b"", HEALTH_TIMEOUT)
                 if not 200 <= answer.status < 400:
                     error = f"HTTP {answer.status}"
@@ -2785,7 +2830,7 @@ def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = Non
           metadata: Optional[Metadata] = None) -> Reply:
     """Claim a port by name: the same identity gets the same port, and nobody else gets it."""
     if health:
-        check_target(health, daemon.port, by_name=False)
+        daemon.check_target(health, by_name=False)
     bound, unseen = bind_pid(pid)
     given = {**bound, **present(agent=asker.who(agent), cmd=cmd, cwd=cwd, pair=pair, health=health,
                                 metadata=maybe_json(metadata))}
@@ -2921,7 +2966,7 @@ def update_service(daemon: Daemon, asker: Asker, id: Identity, status: Optional[
                    metadata: Optional[Metadata] = None) -> Reply:
     """Report on a service: what state it is in and, by whoever checks it, how well it is."""
     if health:
-        check_target(health, daemon.port, by_name=False)
+        daemon.check_target(health, by_name=False)
     bound, warning = bind_pid(pid)
     with daemon.write() as tx:
         need_service(tx, id)
@@ -3558,7 +3603,7 @@ def add_webhook(daemon: Daemon, asker: Asker, url: HttpUrl, events: Optional[Eve
                 secret: Optional[Secret] = None, filter_pattern: Optional[Pattern] = None,
                 metadata: Optional[Metadata] = None) -> Reply:
     """Have events sent to a URL, signed with the secret and retried until they are taken."""
-    check_target(url, daemon.port, by_name=False)
+    daemon.check_target(url, by_name=False)
     minted = mint(secret)
     hook = "hook_" + os.urandom(6).hex()
     words = f"; its secret, which is shown only now: {minted['secret']}" if minted else ""
@@ -3601,7 +3646,7 @@ def update_webhook(daemon: Daemon, asker: Asker, id: HookId, url: Optional[HttpU
                    metadata: Optional[Metadata] = None) -> Reply:
     """Change a webhook, or switch it off and on again."""
     if url:
-        check_target(url, daemon.port, by_name=False)
+        daemon.check_target(url, by_name=False)
     minted = mint(secret)
     columns = present(url=url, events=maybe_json(events), secret=minted.get("secret", secret), filter=filter_pattern,
                       active=active, metadata=maybe_json(metadata), streak=0 if active else None)
@@ -3859,7 +3904,7 @@ class Courier:
         began, response, error, retry_after = time.monotonic(), None, None, None
         body = row["body"].encode()
         try:
-            addresses = check_target(row["url"], self.daemon.port)
+            addresses = self.daemon.check_target(row["url"])
             answer = http_call("POST", row["url"], addresses, self.headers(row, body), body, ATTEMPT_TIMEOUT)
             response = answer.status
             if not 200 <= response < 300:
@@ -3954,17 +3999,18 @@ class Watcher:
 IDLE_TIMEOUT, HEAD_TIMEOUT, BODY_TIMEOUT, SEND_TIMEOUT, STOP_TIMEOUT = 15.0, 10.0, 30.0, 10.0, 5.0
 MAX_LINE, MAX_HEAD, MAX_HEADERS = 8 * 1024, 32 * 1024, 100
 METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
-REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-           408: "Request Timeout", 409: "Conflict", 413: "Content Too Large", 414: "URI Too Long",
-           415: "Unsupported Media Type", 422: "Unprocessable Content", 429: "Too Many Requests",
+REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+           405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 413: "Content Too Large",
+           414: "URI Too Long", 415: "Unsupported Media Type", 422: "Unprocessable Content", 429: "Too Many Requests",
            431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
            503: "Service Unavailable", 507: "Insufficient Storage"}
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!\"$-~]+) HTTP/1\.([01])\r\n")  # a target without # or blanks
 HEADER_BLOCK = re.compile(rb"(?:" + TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
 HEADER = re.compile(rb"([^:\r\n]+):([^\r\n]*)\r\n")
-SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "origin", "sec-fetch-site", "x-agent-id", "x-pid",
-          "last-event-id", "expect", "authorization", "idempotency-key")  # headers that may not be sent twice
+SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "origin", "sec-fetch-site", "sec-fetch-mode",
+          "sec-fetch-dest", "x-agent-id", "x-pid", "last-event-id", "expect", "authorization",
+          "idempotency-key")  # headers that may not be sent twice
 FULL = (b'HTTP/1.1 503 Service Unavailable\r\nServer: port-daddy/\r\nRetry-After: 1\r\nConnection: close\r\n'
         b'Content-Type: application/json\r\nContent-Length: 84\r\n\r\n'
         b'{"success":false,"code":"BUSY","error":"all connections are taken; try again in 1s"} ')
@@ -3972,13 +4018,13 @@ LOCAL_NAMES: frozenset[str] = frozenset(("localhost", "127.0.0.1", "[::1]"))
 
 
 class Request(NamedTuple):
-    """A request whose head has been read and whose framing is right; `length` bytes of body follow."""
+    """A request whose head has been read and whose framing is right; `length` bytes of body follow, or chunks (None)."""
 
     method: str
     target: str
     version: int  # of HTTP/1.x
     headers: dict[str, str]
-    length: int
+    length: Optional[int]
 
 
 def parse_head(head: bytes) -> Request:
@@ -3999,36 +4045,86 @@ def parse_head(head: bytes) -> Request:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if len(found) > MAX_HEADERS or any(len(name) + len(value) > MAX_LINE for name, value in found):
         raise PortDaddyError("HEADERS_TOO_LARGE")
-    if "transfer-encoding" in headers and "content-length" in headers:
-        raise PortDaddyError("BAD_REQUEST", "a request has either Content-Length or Transfer-Encoding, not both")
-    if "transfer-encoding" in headers:
-        raise PortDaddyError("NOT_IMPLEMENTED", "Transfer-Encoding is not supported; send a Content-Length")
-    length = headers.get("content-length", "0")
+    method, target, version = line.groups()
+    return Request(method.decode("ascii"), target.decode("ascii"), int(version), headers, body_length(headers, version))
+
+
+def body_length(headers: Mapping[str, str], version: bytes) -> Optional[int]:
+    """How many bytes of body follow, by the one header that may say it (RFC 9112, 6); None: they come in chunks."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if coding is not None and (length is not None or version == b"0"):
+        raise PortDaddyError("BAD_REQUEST", "a request has either Content-Length or, in HTTP/1.1, Transfer-Encoding")
+    if coding is not None and coding.lower() != "chunked":
+        raise PortDaddyError("NOT_IMPLEMENTED", "no Transfer-Encoding but chunked is known; or send a Content-Length")
+    if coding is not None or length is None:
+        return None if coding else 0
     if not re.fullmatch(r"[0-9]+", length):
         raise PortDaddyError("BAD_REQUEST", "Content-Length must be digits only")
-    method, target, version = line.groups()
-    size = int(length) if len(length) < 18 else MAX_BODY + 1
-    return Request(method.decode("ascii"), target.decode("ascii"), int(version), headers, size)
+    return int(length) if len(length) < 18 else MAX_BODY + 1
 
 
-def gate(request: Request) -> None:
-    """Whoever may come in: programs of this machine, and the dashboard's own page; no page of another site."""
-    headers = request.headers
-    host = headers.get("host")
-    if host is None:
-        if request.version == 1:
-            raise PortDaddyError("BAD_REQUEST", "the Host header is missing")
-    elif not re.fullmatch(r"(?:\[[^\]]*\]|[^:\[\]]*)(?::[0-9]{1,5})?", host) or (
-            re.sub(r":[0-9]+\Z", "", host).lower() not in LOCAL_NAMES):
-        raise PortDaddyError("HOST_NOT_ALLOWED")
-    if "origin" in headers and headers["origin"] != f"http://{host}":
-        raise PortDaddyError("ORIGIN_NOT_ALLOWED")
-    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-        raise PortDaddyError("CROSS_SITE")
-    if request.method == "OPTIONS":  # only a browser asks, on behalf of a page that we do not know
-        raise PortDaddyError("ORIGIN_NOT_ALLOWED")
-    if request.length > MAX_BODY:
-        raise PortDaddyError("TOO_LARGE", f"the body is larger than the limit of {MAX_BODY} bytes", limit=MAX_BODY)
+class Gate:
+    """Whoever may come in: programs of this user, and the dashboard's own page; no other user, no page of another site.
+
+    `check` stands before everything else, for every method; what it refuses is answered, and the connection closed."""
+
+    def __init__(self, settings: Settings) -> None:
+        bound = f"[{settings.host}]" if ":" in settings.host else settings.host
+        self.names = LOCAL_NAMES | {name.lower() for name in (bound, *settings.allowed_hosts.split(",")) if name}
+        self.origins = frozenset(settings.allowed_origins.split(",")) - {""}
+        self.token, self.peer_check = settings.token.encode(), settings.peer_check
+
+    def check(self, request: Request, connection: socket.socket, first: bool) -> str:
+        """Refuse, or give the headers with which a page of an allowed origin may read the answer. The user at the other
+        end is asked for once, with the `first` request of a connection."""
+        headers = request.headers
+        if first and self.peer_check:
+            self.check_peer(connection)
+        host, origin = headers.get("host"), headers.get("origin")
+        if host is None:
+            if request.version == 1:
+                raise PortDaddyError("BAD_REQUEST", "the Host header is missing")
+        elif not re.fullmatch(r"(?:\[[^\]]*\]|[^:\[\]]*)(?::[0-9]{1,5})?", host) or (
+                re.sub(r":[0-9]+\Z", "", host).lower() not in self.names):
+            raise PortDaddyError("HOST_NOT_ALLOWED")
+        allowed = origin in self.origins
+        if origin is not None and not allowed and origin != f"http://{host}":
+            raise PortDaddyError("ORIGIN_NOT_ALLOWED")
+        if not allowed and headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not (
+                request.target == "/" and request.method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+                and headers.get("sec-fetch-dest") == "document"):  # a link to the dashboard, which is the same for all
+            raise PortDaddyError("CROSS_SITE")
+        if request.method == "OPTIONS" and not allowed:  # only a browser asks, on behalf of a page that we do not know
+            raise PortDaddyError("ORIGIN_NOT_ALLOWED")
+        if self.token and request.method != "OPTIONS" and not (request.target == "/" and request.method == "GET"):
+            self.check_token(headers.get("authorization", ""))
+        if request.length is not None and request.length > MAX_BODY:
+            raise too_large()
+        return "" if not allowed else (f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
+                                       "Access-Control-Expose-Headers: Server, Retry-After\r\n")
+
+    @staticmethod
+    def check_peer(connection: socket.socket) -> None:
+        user = peer_user(connection)
+        if user is None and not has_peer(connection):
+            raise AskerGone  # who has closed its end has no name any more, and wants no answer
+        if user not in (None, 0, os.geteuid()):
+            raise PortDaddyError("PEER_NOT_ALLOWED")
+
+    def check_token(self, said: str) -> None:
+        import hmac
+        scheme, _, token = said.partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode("latin-1"), self.token):
+            raise PortDaddyError("UNAUTHORIZED")
+
+
+PREFLIGHT = ("Access-Control-Allow-Methods: GET, POST, PUT, DELETE\r\nAccess-Control-Allow-Headers: Authorization, "
+             "Content-Type, Idempotency-Key, Last-Event-ID, X-Agent-Id, X-Pid\r\nAccess-Control-Max-Age: 600\r\n"
+             "Access-Control-Allow-Private-Network: true\r\n")  # the answer to the OPTIONS of an allowed origin
+
+
+def too_large() -> PortDaddyError:
+    return PortDaddyError("TOO_LARGE", f"the body is larger than the limit of {MAX_BODY} bytes", limit=MAX_BODY)
 
 
 class Page(NamedTuple):
@@ -4167,6 +4263,8 @@ class Connection:
         self.close_after = False
         self.bodiless = False  # the answer to HEAD has no body (RFC 9110, 9.3.2)
         self.streaming = False
+        self.known = False  # the gate has seen who is at the other end
+        self.granted = ""  # headers for a page of an allowed origin
         self.patience = 0.0  # seconds that a recv may take
 
     def wait_at_most(self, option: int, seconds: float) -> None:
@@ -4198,7 +4296,7 @@ class Connection:
 
     def serve_one(self) -> bool:
         """One request and its answer; False when there was none, or when it has been a stream."""
-        self.close_after, self.bodiless = True, False  # until the whole request has been read
+        self.close_after, self.bodiless, self.granted = True, False, ""  # until the whole request has been read
         asker: Optional[HttpAsker] = None
         try:
             head = self.read_head()
@@ -4206,22 +4304,27 @@ class Connection:
                 return False
             request = parse_head(head)
             self.bodiless = request.method == "HEAD"
-            gate(request)
+            self.granted = self.server.gate.check(request, self.socket, not self.known)
+            self.known = True
             body = self.read_body(request)
             options = request.headers.get("connection", "").lower()
             close = "close" in [word.strip() for word in options.split(",")]
             self.close_after = close or request.version == 0 or self.server.stopping
             asker = HttpAsker(self, request.headers)
-            reply = self.run(request, body, asker)
+            status, extra = 200, ""
+            if request.method == "OPTIONS":  # of an allowed origin, or the gate would not have let it in
+                self.bodiless, status = True, 204
+            reply = {} if status == 204 else self.run(request, body, asker)
             if not isinstance(reply, (dict, Page)):
                 self.server.daemon.check_crowd()
-            status, extra = 200, ""
         except PortDaddyError as problem:
             status, reply, extra = problem.status, problem.body, "Retry-After: 1\r\n" if problem.status == 503 else ""
             if problem.code == "STORAGE_FULL":
                 self.server.daemon.bell.ring("keeper")  # who looks when there is room again
             if problem.code == "METHOD_NOT_ALLOWED":
                 extra = f"Allow: {', '.join(problem.facts['allow'])}\r\n"
+            if problem.code == "UNAUTHORIZED":
+                extra = "WWW-Authenticate: Bearer\r\n"
         whole = isinstance(reply, (dict, Page))
         return self.send(status, reply, extra, asker) if whole else self.send_stream(reply)  # type: ignore[arg-type]
 
@@ -4268,18 +4371,48 @@ class Connection:
         return bool(chunk)
 
     def read_body(self, request: Request) -> bytes:
-        if request.length > len(self.buffer) and request.headers.get("expect", "").lower() == "100-continue":
+        length, deadline = request.length, time.monotonic() + BODY_TIMEOUT
+        if (length is None or length > len(self.buffer)) and request.headers.get("expect", "").lower() == "100-continue":
             self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline, parts, missing = time.monotonic() + BODY_TIMEOUT, [self.buffer], request.length - len(self.buffer)
+        if length is None:
+            return self.read_chunks(deadline)
+        parts, missing = [self.buffer], length - len(self.buffer)
         while missing > 0:
-            self.buffer = b""
-            if not self.receive(deadline):
-                raise PortDaddyError("BAD_REQUEST", "the body ended, or took too long, before its Content-Length")
-            parts.append(self.buffer)
-            missing -= len(self.buffer)
+            parts.append(self.receive_more(deadline))
+            missing -= len(parts[-1])
         whole = b"".join(parts)
-        self.buffer = whole[request.length:]
-        return whole[:request.length]
+        self.buffer = whole[length:]
+        return whole[:length]
+
+    def receive_more(self, deadline: float) -> bytes:
+        """More bytes of a body."""
+        self.buffer = b""
+        if not self.receive(deadline):
+            raise PortDaddyError("BAD_REQUEST", "the body ended, or took too long, before it was whole")
+        return self.buffer
+
+    def read_chunks(self, deadline: float) -> bytes:
+        """A body in chunks (RFC 9112, 7.1), without extensions and trailers, of which we know none."""
+        raw, begin, size, total, parts = bytearray(self.buffer), 0, -1, 0, []
+        while size:
+            end = raw.find(b"\r\n", begin, begin + 10)
+            if end >= 0 and re.fullmatch(rb"[0-9A-Fa-f]+", raw[begin:end]):
+                size = int(raw[begin:end], 16)
+                total, after = total + size, end + 2 + size + 2
+                if total > MAX_BODY or after > 2 * MAX_BODY:
+                    raise too_large()
+                while len(raw) < after:
+                    raw += self.receive_more(deadline)
+                if raw[after - 2:after] != b"\r\n":
+                    raise PortDaddyError("BAD_REQUEST", "a chunk must end where its size says, and nothing follow the last")
+                parts.append(raw[end + 2:after - 2])
+                begin = after
+            elif end >= 0 or len(raw) - begin >= 10:
+                raise PortDaddyError("BAD_REQUEST", "a chunk must begin with its size in hexadecimal and CR LF")
+            else:
+                raw += self.receive_more(deadline)
+        self.buffer = bytes(raw[begin:])
+        return b"".join(parts)
 
     def run(self, request: Request, body: bytes, asker: HttpAsker) -> Union[Reply, Page, Stream]:
         """Find the operation, bind its fields, and ask the daemon."""
@@ -4319,8 +4452,8 @@ class Connection:
                 extra += "Connection: close\r\n"
             if shown.policy:
                 extra += f"Content-Security-Policy: {shown.policy}\r\n"
-            head = (f"HTTP/1.1 {status} {REASONS[status]}\r\n{self.server.signature}Content-Type: {shown.media}\r\n"
-                    f"Content-Length: {len(body)}\r\n{extra}\r\n")
+            about = PREFLIGHT if status == 204 else f"Content-Type: {shown.media}\r\nContent-Length: {len(body)}\r\n"
+            head = (f"HTTP/1.1 {status} {REASONS[status]}\r\n{self.server.signature}{about}{self.granted}{extra}\r\n")
             self.socket.sendall(head.encode() + (b"" if self.bodiless else body))
         except BaseException:
             if asker and asker.undo:
@@ -4343,7 +4476,7 @@ class Connection:
         """An event stream ends with its connection, ours or theirs; a reader that takes nothing for 10 s is dropped."""
         self.close_after = self.streaming = True
         self.socket.sendall(f"HTTP/1.1 200 OK\r\n{self.server.signature}Content-Type: text/event-stream\r\n"
-                            f"Connection: close\r\n\r\n".encode())
+                            f"{self.granted}Connection: close\r\n\r\n".encode())
         with contextlib.closing(stream), contextlib.suppress(PortDaddyError):  # we are stopping; the reader comes back
             for part in stream:
                 for start in range(0, len(part), 65536):
@@ -4359,11 +4492,14 @@ class Server:
         self.settings, self.clock = settings, clock
         self.stopping, self.reason = False, "stop"
         self.connections: set[Connection] = set()
-        self.router = Router(OPERATIONS)
+        self.router, self.gate = Router(OPERATIONS), Gate(settings)
         self.undo = contextlib.ExitStack()
 
     def start(self) -> None:
         home = self.settings.home
+        if beyond_loopback(self.settings.host) and not self.settings.token:
+            raise PortDaddyError("BAD_VALUE", f"{self.settings.host} can be reached from other machines: set a token, too "
+                                 "(PORT_DADDY_TOKEN), or leave it at loopback")
         open_home(home)
         with self.undo as undo:
             home_lock = lock_home(home)
@@ -4377,12 +4513,14 @@ class Server:
             for door in doors:
                 undo.callback(door.close)
             host, self.port = doors[0].server_address[:2]
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
             self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
             self.daemon = daemon = Daemon(self.settings, self.clock)
             undo.callback(daemon.store.close)
             daemon.port = self.port
             self.signature = (f"Server: port-daddy/{__version__} protocol/{PROTOCOL} instance/{daemon.instance}\r\n"
-                              "Cache-Control: no-store\r\n")
+                              "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+                              "Cross-Origin-Resource-Policy: same-origin\r\n")
             with daemon.write() as tx:
                 tx.emit("daemon.start", "daemon", version=__version__, port=self.port, pid=os.getpid())
             undo.callback(self.say_stop)
@@ -4502,11 +4640,21 @@ def open_door(server: Server, family: int, address: str, port: int) -> Any:
     return Door((address, port), None)  # type: ignore[arg-type]
 
 
+def beyond_loopback(host: str) -> bool:
+    """Whether other machines may reach what listens on that address."""
+    import ipaddress
+    try:
+        return host not in ("", "localhost") and not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        raise PortDaddyError("BAD_VALUE", f"{host} is not an address; set PORT_DADDY_HOST to one of this machine") from None
+
+
 def open_doors(server: Server) -> list[Any]:
-    """A listening server on each loopback family, on one port: the one wanted, or any that is free on both."""
+    """A listening server on each loopback family, on one port: the one wanted, or any that is free on both; or on the one
+    address that is set."""
     wanted, host = server.settings.port, server.settings.host
-    families = [(family, address) for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
-                if host in ("", "localhost", address)]
+    families = [(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+                for address in (("127.0.0.1", "::1") if host in ("", "localhost") else (host,))]
     for _ in range(20):
         opened: list[Any] = []
         for family, address in families:
@@ -4561,9 +4709,11 @@ class Link:
         self.host = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.url, self.buffer, self.used, self.pid, self.timeout = url, b"", time.monotonic(), os.getpid(), timeout
         try:  # nothing of ours is sent before it is certain that a Port Daddy listens, and not whoever took its port
-            self.send("GET", "/health", {}, b"")
-            _, headers = self.read_head(timeout)
-            self.read_body(headers, timeout)
+            self.send("GET", "/", {}, b"")  # which wants no token
+            status, headers = self.read_head(timeout)
+            self.read_bytes(headers, timeout)
+            if status == 403:
+                raise DaemonUnreachable(f"the Port Daddy at {url} is another user's", foreign=True)
             if instance and not headers["server"].endswith(f"instance/{instance}"):
                 raise DaemonUnreachable(f"what answers at {url} is another folder's Port Daddy; ours has died there")
         except BaseException:
@@ -4601,12 +4751,15 @@ class Link:
 
     def read_body(self, headers: Mapping[str, str], timeout: float) -> Any:
         """The JSON value that follows a head."""
+        return json.loads(self.read_bytes(headers, timeout))
+
+    def read_bytes(self, headers: Mapping[str, str], timeout: float) -> bytes:
         deadline, length = time.monotonic() + timeout, int(headers.get("content-length", "0"))
         while len(self.buffer) < length:
             self.read_more(deadline)
         body, self.buffer = self.buffer[:length], self.buffer[length:]
         self.used = time.monotonic()
-        return json.loads(body)
+        return body
 
     def read_more(self, deadline: float) -> None:
         with self.failing():
@@ -4689,7 +4842,9 @@ class Caller(Closing):
         return Link(url, self.timeout / 1000)
 
     def headers(self) -> dict[str, str]:
-        return present(**{"X-Pid": str(self.pid) if self.pid else None, "X-Agent-Id": self.agent_id or None})
+        token = self.settings.token
+        return present(**{"X-Pid": str(self.pid) if self.pid else None, "X-Agent-Id": self.agent_id or None,
+                          "Authorization": f"Bearer {token}" if token else None})
 
     def ask(self, name: str, given: Mapping[str, Any]) -> Reply:
         """Perform an operation: its fields by their Python names, None for what is left out (but in `payload`)."""
@@ -5287,6 +5442,15 @@ class Subscription(Closing):
         self._drop()
 
 
+def is_port_daddy(url: str) -> bool:
+    """Whether a Port Daddy listens there, ours or another user's."""
+    try:
+        Link(url, 1.0).close()
+    except PortDaddyError as problem:
+        return "foreign" in problem.facts
+    return True
+
+
 def find_url(settings: Settings) -> tuple[str, Optional[str]]:
     """Where the daemon of these settings is: what was said, else what it wrote down, with its instance, else the usual
     port."""
@@ -5307,6 +5471,7 @@ def start_daemon(settings: Settings, timeout: float = 15.0) -> str:
     Any number of commands may do this at once: each connects or tries to start, the lock of the state folder lets one
     daemon live, and the others end with ALREADY_RUNNING while their commands connect to it."""
     environ = {**os.environ, "PORT_DADDY_HOME": settings.home, "PORT_DADDY_RANGE": "{}-{}".format(*settings.range),
+               "PORT_DADDY_HOST": settings.host, "PORT_DADDY_TOKEN": settings.token,
                # 9876 is not said: then the daemon may take another port when that is another user's
                "PORT_DADDY_PORT": "" if settings.port == 9876 else str(settings.port)}
     open_home(settings.home)
@@ -6675,15 +6840,15 @@ def heading(name: str) -> str:
 
 # --- commands that are more than one operation ------------------------------------------------------------------------
 
-SERVER_ARGUMENTS = [argument(f"--{name}", help=f"{sentence} ({variable}, default {default or 'loopback'})")
-                    for name, variable, default, _, sentence in SETTINGS if name in ("port", "host")]
+SERVER_ARGUMENTS = [argument(f"--{name}", help=f"{sentence} ({variable}{f', default {default}' if default else ''})")
+                    for name, variable, default, _, sentence in SETTINGS if name in ("port", "host", "token")]
 
 
 @command("serve", "pd serve --port 0", *SERVER_ARGUMENTS)
 def serve(options: argparse.Namespace) -> int:
     """Run the daemon in the foreground."""
     import signal
-    settings = Settings.load(port=options.port, host=options.host, home=options.home)
+    settings = Settings.load(port=options.port, host=options.host, token=options.token, home=options.home)
     stop, reasons = threading.Event(), []
 
     def on_signal(number: int, frame: Optional[FrameType]) -> None:
@@ -6698,7 +6863,7 @@ def serve(options: argparse.Namespace) -> int:
         server.start()
     except PortDaddyError as problem:
         chosen = options.port or os.environ.get("PORT_DADDY_PORT")
-        if problem.code != "CANNOT_LISTEN" or chosen or not PortDaddy(f"http://127.0.0.1:{settings.port}").ping():
+        if problem.code != "CANNOT_LISTEN" or chosen or not is_port_daddy(f"http://127.0.0.1:{settings.port}"):
             raise
         say(f"pd: port {settings.port} belongs to another Port Daddy; this one takes a free port")
         server = Server(settings._replace(port=0))
@@ -6717,7 +6882,7 @@ def serve(options: argparse.Namespace) -> int:
 @command("daemon start", "pd start", *SERVER_ARGUMENTS)
 def daemon_start(options: argparse.Namespace) -> None:
     """Start the daemon in the background, unless it runs."""
-    settings = Settings.load(port=options.port, host=options.host, home=options.home)
+    settings = Settings.load(port=options.port, host=options.host, token=options.token, home=options.home)
     running = daemon_facts(settings)
     if running is None:
         start_daemon(settings)
