@@ -4026,6 +4026,11 @@ class Request(NamedTuple):
     headers: dict[str, str]
     length: Optional[int]
 
+    @property
+    def front(self) -> bool:
+        """Whether it asks for the front page, which is the same for everybody."""
+        return self.target == "/" and self.method == "GET"
+
 
 def parse_head(head: bytes) -> Request:
     """A request's head, from its first byte to the blank line; BAD_REQUEST when any byte is out of place."""
@@ -4077,31 +4082,36 @@ class Gate:
     def check(self, request: Request, connection: socket.socket, first: bool) -> str:
         """Refuse, or give the headers with which a page of an allowed origin may read the answer. The user at the other
         end is asked for once, with the `first` request of a connection."""
-        headers = request.headers
+        headers, origin = request.headers, request.headers.get("origin")
         if first and self.peer_check:
             self.check_peer(connection)
-        host, origin = headers.get("host"), headers.get("origin")
-        if host is None:
-            if request.version == 1:
-                raise PortDaddyError("BAD_REQUEST", "the Host header is missing")
-        elif not re.fullmatch(r"(?:\[[^\]]*\]|[^:\[\]]*)(?::[0-9]{1,5})?", host) or (
-                re.sub(r":[0-9]+\Z", "", host).lower() not in self.names):
-            raise PortDaddyError("HOST_NOT_ALLOWED")
+        self.check_host(request)
         allowed = origin in self.origins
-        if origin is not None and not allowed and origin != f"http://{host}":
+        if origin is not None and not allowed and origin != f"http://{headers.get('host')}":
             raise PortDaddyError("ORIGIN_NOT_ALLOWED")
-        if not allowed and headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not (
-                request.target == "/" and request.method == "GET" and headers.get("sec-fetch-mode") == "navigate"
-                and headers.get("sec-fetch-dest") == "document"):  # a link to the dashboard, which is the same for all
-            raise PortDaddyError("CROSS_SITE")
+        if not allowed and headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            link = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+            if not (request.front and link):
+                raise PortDaddyError("CROSS_SITE")
         if request.method == "OPTIONS" and not allowed:  # only a browser asks, on behalf of a page that we do not know
             raise PortDaddyError("ORIGIN_NOT_ALLOWED")
-        if self.token and request.method != "OPTIONS" and not (request.target == "/" and request.method == "GET"):
+        if self.token and request.method != "OPTIONS" and not request.front:
             self.check_token(headers.get("authorization", ""))
         if request.length is not None and request.length > MAX_BODY:
             raise too_large()
         return "" if not allowed else (f"Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n"
                                        "Access-Control-Expose-Headers: Server, Retry-After\r\n")
+
+    def check_host(self, request: Request) -> None:
+        """A name of this machine, with any port; a page whose own name was rebound to 127.0.0.1 sends that name."""
+        host = request.headers.get("host")
+        if host is None:
+            if request.version == 1:
+                raise PortDaddyError("BAD_REQUEST", "the Host header is missing")
+        elif host not in self.names:
+            found = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::[0-9]{1,5})?", host)
+            if not found or found.group(1).lower() not in self.names:
+                raise PortDaddyError("HOST_NOT_ALLOWED")
 
     @staticmethod
     def check_peer(connection: socket.socket) -> None:
