@@ -6613,6 +6613,412 @@ def scan_compose(folder: str) -> Iterator[Found]:
             yield Found(slug(name), tier, f"docker compose up {name}", ".", int(published.group(1)))
 
 
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+# The limit is a server of the same standard library that reads a request and sends fixed bytes. It and the daemon answer
+# in turn, on one CPU, to one client on another: spread over two, the same server gave 6,000 or 28,000 by chance.
+
+FIXED_REPLY = (b"HTTP/1.1 200 OK\r\nServer: limit\r\nContent-Type: application/json\r\nContent-Length: 84\r\n\r\n"
+               b'{"padding":"%s"}' % (b"." * 70))
+
+
+def limit_server() -> None:
+    """The least that a threaded server in Python can do, for whoever wants to know what the rest costs."""
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(ConnectionResetError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while connection.recv(65536):
+                connection.sendall(FIXED_REPLY)
+
+    door = socket.socket()
+    door.bind(("127.0.0.1", 0))
+    door.listen(1024)
+    out(f"limit listening on http://127.0.0.1:{door.getsockname()[1]}")
+    while True:
+        threading.Thread(target=serve, args=(door.accept()[0],), daemon=True).start()
+
+
+class Row(NamedTuple):
+    """A figure and what belongs to it. `beside` is the same of what it is compared with: another rate, or another p50."""
+
+    name: str
+    figure: float
+    unit: str  # "of the limit" (at least the goal), or "ms", "MB", "times" (at most)
+    goal: Optional[float]
+    rate: Optional[float] = None  # operations per second
+    p50: Optional[float] = None  # ms
+    p99: Optional[float] = None
+    beside: Optional[float] = None
+
+    @property
+    def met(self) -> Optional[bool]:
+        return None if self.goal is None else self.figure >= self.goal if self.unit == "of the limit" else (
+            self.figure <= self.goal)
+
+    def __str__(self) -> str:
+        whole = 1.0 if self.unit == "of the limit" else self.goal or self.figure
+        filled = min(20, round(20 * self.figure / whole))
+        shown = f"{self.figure:.2f}" if self.unit in ("of the limit", "times", "ms") else f"{self.figure:.0f}"
+        rate = f"{self.rate:,.0f}/s" if self.rate else ""
+        times = f"p50 {self.p50:.2f}  p99 {self.p99:.2f} ms" if self.p50 is not None and self.p99 is not None else ""
+        return f"{self.name:<62} {'█' * filled}{'·' * (20 - filled)} {shown:>6} {self.unit:<12} {rate:>9}  {times}".rstrip()
+
+
+def at(times: Sequence[float], share: float) -> float:
+    """The time, in ms, within which that share of all lay."""
+    return sorted(times)[min(len(times) - 1, int(share * len(times)))] * 1000
+
+
+def request_bytes(method: str, target: str, **fields: Any) -> bytes:
+    body = to_json(fields).encode() if fields else b""
+    head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
+    return f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n{head}\r\n".encode() + body
+
+
+def lock_cycle(name: str) -> list[bytes]:
+    return [request_bytes("POST", f"/locks/{name}", owner="bench"), request_bytes("DELETE", f"/locks/{name}?owner=bench")]
+
+
+def drive(lines: Sequence[socket.socket], cycles: Sequence[Sequence[bytes]], seconds: float = 0) -> list[float]:
+    """Keep one request under way on each connection, round and round, until all cycles are over and so is the time; how
+    long each took. The whole of it is one loop of recv and send, so that the client costs little, and always the same."""
+    clock, took, size, position = time.perf_counter, [], len(cycles[0]), 0
+    end, sent = clock() + seconds, [0.0] * len(lines)
+    for place, line in enumerate(lines):
+        sent[place] = clock()
+        line.sendall(cycles[place][0])
+    while True:
+        position = (position + 1) % size
+        last = position == 0 and clock() >= end
+        for place, line in enumerate(lines):
+            reply = line.recv(65536)
+            now = clock()
+            took.append(now - sent[place])
+            if not reply.startswith(b"HTTP/1.1 200"):
+                raise PortDaddyError("INTERNAL", f"the server answered {reply[:300].decode('latin-1')!r}")
+            if not last:
+                sent[place] = now
+                line.sendall(cycles[place][position])
+        if last:
+            return took
+
+
+def drive_anew(port: int, request: bytes, seconds: float) -> list[float]:
+    """A new connection for each request."""
+    took: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        with dial([(socket.AF_INET, 0, 0, "", ("127.0.0.1", port))], 10) as line:
+            drive([line], [[request]])
+        took.append(time.perf_counter() - began)
+    return took
+
+
+def fetch(line: socket.socket, method: str, target: str, **fields: Any) -> Reply:
+    """One request, and the whole of its reply."""
+    line.sendall(request_bytes(method, target, **fields))
+    head, _, body = line.recv(65536).partition(b"\r\n\r\n")
+    size = int(head.lower().partition(b"content-length:")[2].split()[0])
+    parts = [body]
+    while sum(map(len, parts)) < size:
+        parts.append(line.recv(1 << 20))
+    return json.loads(b"".join(parts))  # type: ignore[no-any-return]
+
+
+class Bench:
+    """One run: its children, its connections, and the rows so far. However we end, the guardian ends the children."""
+
+    def __init__(self, quick: bool, show: Callable[[Row], None]) -> None:
+        import tempfile
+        self.rounds, self.seconds, self.scale = (2, 0.02, 100) if quick else (5, 0.4, 1)
+        self.rows: list[Row] = []
+        self.show, self.undo = show, contextlib.ExitStack()
+        self.folder = self.undo.enter_context(tempfile.TemporaryDirectory(prefix="port-daddy-bench-"))
+        self.guardian = Guardian()
+        self.undo.callback(self.guardian.close)
+        self.cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.started = 0
+
+    def pin(self, place: int) -> None:
+        """Go to one CPU (0 is the servers', -1 the client's), with whatever we start from now on."""
+        if len(self.cpus) > 1:
+            os.sched_setaffinity(0, {self.cpus[place]})
+
+    def spawn(self, home: str, *words: str) -> tuple[subprocess.Popen[bytes], str]:
+        """Start this Python with some words and a state folder of its own; the process, and where its output goes."""
+        self.started += 1
+        folder, said = os.path.dirname(os.path.abspath(__file__)), os.path.join(self.folder, f"{self.started}.log")
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("PORT_DADDY", "PYTHON"))}
+        environ.update(PORT_DADDY_HOME=os.path.join(self.folder, home), PORT_DADDY_PORT="0", PYTHONPATH=folder,
+                       PYTHONPYCACHEPREFIX=os.path.join(self.folder, "cache"))
+        return process_start([sys.executable, *words], environ, said), said
+
+    @contextlib.contextmanager
+    def server(self, home: str, *words: str) -> Iterator[tuple[int, int]]:
+        """A server on the servers' CPU, once it answers: its pid and its port."""
+        self.pin(0)
+        process, said = self.spawn(home, *words)
+        self.guardian.add(process.pid, 15, STOP_TIMEOUT + 1)
+        self.pin(-1)
+        try:
+            while not (found := re.search(r"listening on http://127\.0\.0\.1:([0-9]+)\n", read_text(said))):
+                if process.poll() is not None:
+                    raise PortDaddyError("INTERNAL", f"a server did not start: {read_text(said).strip()[-300:]}")
+                time.sleep(0.001)
+            drive([self.line(int(found[1]))], [[request_bytes("GET", "/health")]])
+            yield process.pid, int(found[1])
+        finally:
+            group_signal(process.pid, 15)
+            process.wait(STOP_TIMEOUT + 10)
+            self.guardian.remove(process.pid)
+
+    def start(self, home: str, *words: str) -> tuple[int, int]:
+        return self.undo.enter_context(self.server(home, *words or (os.path.abspath(__file__), "serve")))
+
+    def line(self, port: int) -> socket.socket:
+        line = self.undo.enter_context(dial([(socket.AF_INET, 0, 0, "", ("127.0.0.1", port))], 10))
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 30, 0))
+        line.settimeout(None)
+        return line
+
+    def row(self, name: str, figure: float, unit: str, goal: Optional[float], took: Sequence[float] = (),
+            **more: Optional[float]) -> None:
+        times = {"p50": at(took, 0.5), "p99": at(took, 0.99)} if took else {}
+        self.rows.append(Row(name, figure, unit, goal, **times, **more))
+        self.show(self.rows[-1])
+
+    # --- what is measured ---------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        self.pid, self.port = self.start("daemon")
+        self.limit = self.start("limit", os.path.abspath(__file__), "limit")[1]
+        self.crowds()
+        self.beside_the_limit("GET /health, 1 connection", 0.60, [[request_bytes("GET", "/health")]])
+        self.beside_the_limit("GET /health, 16 connections", 0.60, [[request_bytes("GET", "/health")]] * 16)
+        claims = [request_bytes("POST", "/claim", id="bench:api")]
+        drive([self.line(self.port)], [claims])
+        self.beside_the_limit("GET /services/{id}", 0.45, [[request_bytes("GET", "/services/bench:api")]])
+        self.beside_the_limit("POST /claim of a known identity", 0.35, [claims])
+        self.beside_the_limit("publish", 0.30, [[request_bytes("POST", "/msg/bench", payload={"n": 1})]])
+        self.beside_the_limit("lock, unlock: each", 0.30, [lock_cycle("bench")])
+        self.beside_the_limit("GET /health, a new connection for each", 0.55, None)
+        self.starts()
+        self.growth()
+
+    def beside_the_limit(self, name: str, goal: float, cycles: Optional[Sequence[Sequence[bytes]]]) -> None:
+        """The same requests to the daemon and to the limit server, in turn."""
+        ports = self.port, self.limit
+        all_took: list[list[float]] = [[], []]
+        rates: list[list[float]] = [[], []]
+        lines = [[self.line(port) for _ in cycles or ()] for port in ports]
+        for place in (0, 1) * self.rounds:
+            began = time.perf_counter()
+            took = drive(lines[place], cycles, self.seconds) if cycles else (
+                drive_anew(ports[place], request_bytes("GET", "/health"), self.seconds))
+            rates[place].append(len(took) / (time.perf_counter() - began))
+            all_took[place].extend(took)
+        ours, limit = (sorted(found)[self.rounds // 2] for found in rates)
+        ratio = sorted(our / their for our, their in zip(*rates))[self.rounds // 2]
+        self.row(name, ratio, "of the limit", goal, all_took[0], rate=ours, beside=limit)
+
+    def crowds(self) -> None:
+        """Who waits: how soon it is woken, alone and among others, and the memory that it takes."""
+        many, pid = 500 // self.scale, self.pid
+        control, idle = self.line(self.port), memory(pid)
+        waiter = self.line(self.port)
+        self.quick_and_steady("publish until a waiting poll returns", self.wakes(waiter))
+        stream = self.line(self.port)
+        self.follow([stream])
+        self.quick_and_steady("publish until a stream has it",
+                              [self.heard([stream], control) for _ in range(200 // self.scale)])
+        followers = [self.line(self.port) for _ in range(200 // self.scale)]
+        self.follow(followers)
+        took = [self.heard(followers, control) for _ in range(20)]
+        self.row(f"publish until the last of {len(followers)} streams has it", at(took, 0.5), "ms", 100, took)
+        self.in_line(control, 50 // min(self.scale, 10))
+        for number in range(many):
+            self.line(self.port).sendall(request_bytes("GET", f"/msg/other{number}/poll?timeout=60000"))
+        while fetch(control, "GET", "/metrics")["waiters"] < many:
+            time.sleep(0.005)
+        crowded = memory(pid)
+        took = self.wakes(waiter)
+        self.row(f"publish until a waiting poll returns, {many} others waiting", at(took, 0.5), "ms", 1, took)
+        if idle and crowded:
+            self.row("memory, idle", idle, "MB", 35)
+            self.row(f"memory, {many} polls waiting", crowded, "MB", 70)
+
+    def quick_and_steady(self, name: str, took: Sequence[float]) -> None:
+        self.row(name, at(took, 0.5), "ms", 1, took)
+        self.row(f"{name}: p99", at(took, 0.99), "ms", 10)
+
+    def wakes(self, waiter: socket.socket) -> list[float]:
+        """Seconds from a publish until a poll that waits returns, some times."""
+        publisher, took = self.line(self.port), []
+        cursor = fetch(publisher, "POST", "/msg/wake", payload=1)["id"]
+        for _ in range(200 // self.scale):
+            waiter.sendall(request_bytes("GET", f"/msg/wake/poll?timeout=30000&after={cursor}"))
+            time.sleep(0.002)  # until it waits; if it does not yet, it has been woken none the less
+            began = time.perf_counter()
+            publisher.sendall(request_bytes("POST", "/msg/wake", payload=1))
+            waiter.recv(65536)
+            took.append(time.perf_counter() - began)
+            publisher.recv(65536)
+            cursor = fetch(publisher, "GET", "/msg/wake?limit=1")["lastId"]
+        return took
+
+    def follow(self, streams: Sequence[socket.socket]) -> None:
+        for stream in streams:
+            stream.sendall(request_bytes("GET", "/msg/stream/subscribe"))
+        for stream in streams:
+            while b"event: connected" not in stream.recv(65536):
+                pass
+
+    def heard(self, streams: Sequence[socket.socket], publisher: socket.socket) -> float:
+        """Seconds from a publish until the last of some streams has it."""
+        began = time.perf_counter()
+        publisher.sendall(request_bytes("POST", "/msg/stream", payload=1))
+        for stream in streams:
+            while b"data: " not in stream.recv(65536):
+                pass
+        took = time.perf_counter() - began
+        publisher.recv(65536)
+        return took
+
+    def in_line(self, control: socket.socket, many: int) -> None:
+        """Unlock, until the next of those who wait for the lock has it."""
+        lines = [self.line(self.port) for _ in range(many + 1)]
+        for place, line in enumerate(lines):
+            line.sendall(request_bytes("POST", "/locks/line", owner=f"w{place}", wait=60_000))
+            while fetch(control, "GET", "/locks/line").get("waiting", -1) < place:
+                time.sleep(0.001)
+        lines[0].recv(65536)
+        took = []
+        for place, line in enumerate(lines[1:]):
+            began = time.perf_counter()
+            control.sendall(request_bytes("DELETE", f"/locks/line?owner=w{place}"))
+            line.recv(65536)
+            took.append(time.perf_counter() - began)
+            control.recv(65536)
+        self.row(f"unlock until the next of {many} waiters has it", at(took, 0.5), "ms", 2, took)
+
+    def starts(self) -> None:
+        """Commands and daemons, beside a Python that only imports the largest of what they need."""
+        module = os.path.splitext(os.path.basename(__file__))[0]
+        plain = self.timed_command("-c", "import json, socket")
+        for name, goal, words in ((f"python -m {module} claim x -q", 1.5, ("-m", module)),
+                                  (f"python {module}.py claim x -q", None, (os.path.abspath(__file__),))):
+            command = self.timed_command(*words, "claim", "x", "-q")
+            self.beside(f"{name}, beside import json, socket", goal, command, plain)
+        bare = self.timed_command("-c", "import http.server, sqlite3")
+        self.beside(f"python -m {module} serve, beside import http.server, sqlite3", 3, self.timed_server("start"), bare)
+        self.fill()
+        self.beside(f"the same with {self.most:,} services and {2 * self.most:,} messages", 3, self.timed_server("full"),
+                    bare)
+
+    def beside(self, name: str, goal: Optional[float], ours: Callable[[], float], theirs: Callable[[], float]) -> None:
+        pairs = [(ours(), theirs()) for _ in range(2 * self.rounds + 1)][1:]  # the first one compiles
+        took, base = ([pair[place] for pair in pairs] for place in (0, 1))
+        self.row(name, at(took, 0.5) / at(base, 0.5), "times", goal, took, beside=at(base, 0.5))
+
+    def timed_command(self, *words: str) -> Callable[[], float]:
+        def run() -> float:
+            began = time.perf_counter()
+            process, said = self.spawn("daemon", *words)
+            if process.wait() != 0:
+                raise PortDaddyError("INTERNAL", f"{words} failed: {read_text(said)[-300:]}")
+            return time.perf_counter() - began
+        return run
+
+    def timed_server(self, home: str) -> Callable[[], float]:
+        def run() -> float:
+            began = time.perf_counter()
+            with self.server(home, "-m", os.path.splitext(os.path.basename(__file__))[0], "serve"):
+                return time.perf_counter() - began
+        return run
+
+    def fill(self) -> None:
+        """A store that has been used: services in the range, a channel that is full, locks that are held."""
+        self.most = 5_000 // self.scale
+        with self.server("full", os.path.abspath(__file__), "serve") as (_, port):
+            line = self.line(port)
+            for first, last in ((0, self.most // 5), (self.most // 5, self.most)):
+                drive([line], [[request_bytes("POST", "/claim", id=f"full:{number}", port=3100 + number)
+                                for number in range(first, last)]])
+                if first == 0:
+                    took = [self.timed_fetch(line, "/services") for _ in range(20)]
+                    self.row(f"GET /services with {last:,} services", at(took, 0.5), "ms", 12, took)
+            for channel in ("publish", "poll"):
+                drive([line], [[request_bytes("POST", f"/msg/{channel}", payload={"n": 1})] * (2 * self.most)])
+            drive([line], [[request_bytes("POST", f"/locks/held{number}", ttl=86_400_000) for number in range(self.most)]])
+
+    def timed_fetch(self, line: socket.socket, target: str) -> float:
+        began = time.perf_counter()
+        fetch(line, "GET", target)
+        return time.perf_counter() - began
+
+    def growth(self) -> None:
+        """The same operations in a daemon that holds little and in one that holds much, in turn."""
+        small, full = (self.line(self.start(home)[1]) for home in ("small", "full"))
+        drive([small], [[request_bytes("POST", "/claim", id=f"small:{number}") for number in range(10)]])
+        drive([small], [[request_bytes("POST", f"/locks/held{number}", ttl=86_400_000) for number in range(10)]])
+        publish = request_bytes("POST", "/msg/publish", payload={"n": 1})
+        refill = [request_bytes("DELETE", "/msg/publish"), *[publish] * 100]
+        drive([small], [[request_bytes("POST", "/msg/poll", payload={"n": 1})] * 100])
+        polls = [[request_bytes("GET", f"/msg/poll/poll?timeout=0&group=g{number}")] * 100 for number in range(self.rounds)]
+        anew = [request_bytes("POST", "/claim", id="new"), request_bytes("DELETE", "/services/new")]
+        for name, few, many, cycle in (
+                ("claim of a known identity", 10, self.most, [request_bytes("POST", "/claim", id="known")]),
+                ("claim of a new identity, release: each", 10, self.most, anew),
+                ("publish", 100, 2 * self.most, [publish]), ("poll of a worker", 100, 2 * self.most, []),
+                ("lock, unlock: each", 10, self.most, lock_cycle("bench"))):
+            took: list[list[float]] = [[], []]
+            for number in range(self.rounds):
+                for place, line in enumerate((small, full)):
+                    if cycle == [publish] and line is small:
+                        drive([line], [refill])
+                    took[place].extend(drive([line], [cycle * 100 if cycle else polls[number]]))
+            self.row(f"{name}, {few:,} -> {many:,} held", at(took[1], 0.5) / at(took[0], 0.5), "times", 1.5, took[1],
+                     beside=at(took[0], 0.5))
+
+
+def memory(pid: int) -> Optional[float]:
+    """The resident memory of a process in MB, where it can be known."""
+    found = re.search(r"VmRSS:\s+([0-9]+) kB", read_text(f"/proc/{pid}/status"))
+    return int(found[1]) / 1024 if found else None
+
+
+def bench(quick: bool, show: Callable[[Row], None]) -> Reply:
+    """Measure everything, telling each row as it comes. -> {machine, rows}"""
+    import platform
+    raise_limits()
+    one = Bench(quick, show)
+    with one.undo:
+        one.run()
+    model = re.search(r"model name\s*: (.*)", read_text("/proc/cpuinfo"))
+    return {"machine": {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                        "pinned": len(one.cpus) > 1, "system": platform.system(), "python": platform.python_version(),
+                        "date": time.strftime("%Y-%m-%d")},
+            "quick": quick,
+            "rows": [{name: round(value, 3) if isinstance(value, float) else value for name, value in
+                      present(**row._asdict(), met=row.met).items()} for row in one.rows]}
+
+
+def bench_table(report: Reply) -> str:
+    """A run as Markdown, for the README."""
+    lines = ["| what | figure | goal | per second | p50, ms | p99, ms |", "|---|---|---|---|---|---|"]
+    for found in report["rows"]:
+        one = Row(**{name: found.get(name) for name in Row._fields})
+        least = one.unit == "of the limit"
+        goal = f"{'≥' if least else '≤'} {one.goal:g}" if one.goal else ""
+        cells = [f"{one.figure:.2f} {one.unit}", goal, f"{one.rate:,.0f}" if one.rate else "",
+                 *(f"{value:.2f}" if value is not None else "" for value in (one.p50, one.p99))]
+        lines.append(f"| {one.name} | {' | '.join(cells)} |")
+    machine = report["machine"]
+    return "\n".join(lines) + (f"\n\nMeasured on {machine['date']}: {machine['cpu']}, {machine['cores']} cores, "
+                              f"{machine['system']}, Python {machine['python']}.\n")
+
+
 # ======================================================================================================================
 # 16. COMMAND LINE — the same operations from a terminal
 # ======================================================================================================================
@@ -7311,6 +7717,31 @@ def guard_groups(options: argparse.Namespace) -> int:
     """What `dev` starts beside itself: it stops the services when `dev` is killed."""
     guard()
     return 0
+
+
+@command("limit", "pd limit")
+def limit(options: argparse.Namespace) -> None:
+    """What `bench` compares the daemon with."""
+    limit_server()
+
+
+@command("bench", "pd bench --quick", argument("--quick", action="store_true", help="a few seconds, and rough figures"),
+         argument("--goals", action="store_true", help="show what each figure should be"),
+         argument("--markdown", metavar="FILE", help="show a run that --json has written, as Markdown; measure nothing"))
+def show_bench(options: argparse.Namespace) -> None:
+    """Measure a daemon of this file beside the least that a server in Python can do."""
+    def show_row(row: Row) -> None:
+        goal = f"   goal {row.goal:g}: {'met' if row.met else 'missed'}" if options.goals and row.goal else ""
+        out(f"{row}{goal}")
+
+    if options.markdown:
+        write_text(1, bench_table(read_object(options.markdown)))
+        return
+    if not options.json:
+        out("a full bar is the limit server, or the most that we want")
+    report = bench(options.quick, (lambda row: None) if options.json else show_row)
+    if options.json:
+        out(json.dumps(report, indent=2, ensure_ascii=False))
 
 
 # --- the top ----------------------------------------------------------------------------------------------------------
