@@ -6965,19 +6965,22 @@ class Bench:
         publish = request_bytes("POST", "/msg/publish", payload={"n": 1})
         refill = [request_bytes("DELETE", "/msg/publish"), *[publish] * 100]
         drive([small], [[request_bytes("POST", "/msg/poll", payload={"n": 1})] * 100])
-        polls = [[request_bytes("GET", f"/msg/poll/poll?timeout=0&group=g{number}")] * 100 for number in range(self.rounds)]
-        anew = [request_bytes("POST", "/claim", id="new"), request_bytes("DELETE", "/services/new")]
-        for name, few, many, cycle in (
-                ("claim of a known identity", 10, self.most, [request_bytes("POST", "/claim", id="known")]),
-                ("claim of a new identity, release: each", 10, self.most, anew),
-                ("publish", 100, 2 * self.most, [publish]), ("poll of a worker", 100, 2 * self.most, []),
-                ("lock, unlock: each", 10, self.most, lock_cycle("bench"))):
+        claims = [request_bytes("POST", "/claim", id="known")] * 100
+        kinds: tuple[tuple[str, int, int, Callable[[int], list[bytes]]], ...] = (
+            ("claim of a known identity", 10, self.most, lambda number: claims),
+            ("claim of a new identity", 10, self.most, lambda number: [
+                request_bytes("POST", "/claim", id=f"new:{number}:{place}") for place in range(40)]),
+            ("publish", 100, 2 * self.most, lambda number: [publish] * 100),
+            ("poll of a worker", 100, 2 * self.most, lambda number: [
+                request_bytes("GET", f"/msg/poll/poll?timeout=0&group=g{number}")] * 100),
+            ("lock, unlock: each", 10, self.most, lambda number: lock_cycle("bench") * 50))
+        for name, few, many, requests in kinds:
             took: list[list[float]] = [[], []]
             for number in range(self.rounds):
+                drive([small], [refill])
                 for place, line in enumerate((small, full)):
-                    if cycle == [publish] and line is small:
-                        drive([line], [refill])
-                    took[place].extend(drive([line], [cycle * 50 if cycle else polls[number]]))
+                    took[place].extend(drive([line], [requests(number)]))
+                    drive([line], [[request_bytes("DELETE", "/release", id="new:*")]])
             self.row(f"{name}, {few:,} -> {many:,} held", at(took[1], 0.5) / at(took[0], 0.5), "times", 1.5, took[1],
                      beside=at(took[0], 0.5))
 
