@@ -992,8 +992,8 @@ class Store:
         with self.guard:
             reserved = self.ids.reserved, self.tokens.reserved
             try:
+                tx = Transaction(self, clock())  # before it begins: a stall that the clock notes is not rolled back
                 self._db.execute("BEGIN IMMEDIATE")
-                tx = Transaction(self, clock())
                 yield tx
                 self._db.execute("COMMIT")
                 self.trouble = None
@@ -2391,7 +2391,6 @@ class Daemon:
         self._listening: tuple[float, dict[int, list[Listener]]] = (0.0, {})
 
     def write(self) -> contextlib.AbstractContextManager[Transaction]:
-        self.now()  # a stall is noted before the transaction rather than in it, where it could be rolled back
         return self.store.transaction(self.now, self._ring)
 
     def _ring(self, tx: Transaction) -> None:
