@@ -4006,7 +4006,7 @@ REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized"
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!\"$-~]+) HTTP/1\.([01])\r\n")  # a target without # or blanks
 HEADER_BLOCK = re.compile(rb"(?:" + TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
-HEADER = re.compile(rb"([^:\r\n]+):([^\r\n]*)\r\n")
+HEADER = re.compile(r"([^:\r\n]+):([^\r\n]*)\r\n")
 SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "origin", "sec-fetch-site", "sec-fetch-mode",
           "sec-fetch-dest", "x-agent-id", "x-pid", "last-event-id", "expect", "authorization",
           "idempotency-key")  # headers that may not be sent twice
@@ -4041,13 +4041,13 @@ def parse_head(head: bytes) -> Request:
         raise PortDaddyError("BAD_REQUEST", "a header line must be: name, colon, value, CR LF; no folding, no control "
                              "characters, no blank before the colon")
     headers: dict[str, str] = {}
-    found = HEADER.findall(head, line.end())
-    for raw_name, raw_value in found:
-        name, value = raw_name.decode("ascii").lower(), raw_value.strip(b" \t").decode("latin-1")
+    found = HEADER.findall(head.decode("latin-1"), line.end())
+    for name, value in found:
+        name, value = name.lower(), value.strip(" \t")
         if name in headers and name in SINGLE:
             raise PortDaddyError("BAD_REQUEST", f"the header {name} was sent twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if len(found) > MAX_HEADERS or any(len(name) + len(value) > MAX_LINE for name, value in found):
+    if len(found) > MAX_HEADERS or len(head) > MAX_LINE and any(len(name) + len(value) > MAX_LINE for name, value in found):
         raise PortDaddyError("HEADERS_TOO_LARGE")
     method, target, version = line.groups()
     return Request(method.decode("ascii"), target.decode("ascii"), int(version), headers, body_length(headers, version))
@@ -4062,7 +4062,7 @@ def body_length(headers: Mapping[str, str], version: bytes) -> Optional[int]:
         raise PortDaddyError("NOT_IMPLEMENTED", "no Transfer-Encoding but chunked is known; or send a Content-Length")
     if coding is not None or length is None:
         return None if coding else 0
-    if not re.fullmatch(r"[0-9]+", length):
+    if not (length.isascii() and length.isdigit()):
         raise PortDaddyError("BAD_REQUEST", "Content-Length must be digits only")
     return int(length) if len(length) < 18 else MAX_BODY + 1
 
@@ -4353,7 +4353,7 @@ class Connection:
                 raise PortDaddyError("URI_TOO_LONG")
             if len(self.buffer) > MAX_HEAD:
                 raise PortDaddyError("HEADERS_TOO_LARGE")
-            if re.search(rb"(?<!\r)\n|\r(?!\n|\Z)|\0", self.buffer):  # no blank line would ever come
+            if self.buffer and re.search(rb"(?<!\r)\n|\r(?!\n|\Z)|\0", self.buffer):  # no blank line would ever come
                 raise PortDaddyError("BAD_REQUEST", "lines must end with CR LF, and hold neither of them nor NUL")
             began = bool(self.buffer)
             if not self.receive(deadline):
