@@ -4031,6 +4031,7 @@ class Request(NamedTuple):
         return self.target == "/" and self.method == "GET"
 
 
+@functools.lru_cache(256)
 def parse_head(head: bytes) -> Request:
     """A request's head, from its first byte to the blank line; BAD_REQUEST when any byte is out of place."""
     line = REQUEST_LINE.match(head)
