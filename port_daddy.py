@@ -2440,7 +2440,11 @@ class Daemon:
     def observe(self) -> None:
         """Compare the table with who really listens: adopt, miss, or notice a stranger."""
         listening = self.listening()
-        for row in self.store.rows("SELECT * FROM SERVICES"):
+        # Thousands may be at rest: nothing listens there, none did, and there is no process that could have died.
+        rows = self.store.rows("SELECT * FROM SERVICES WHERE pid IS NOT NULL OR status NOT IN ('assigned', 'starting', "
+                               f"'stopped', 'crashed', 'dead') OR port IN ({', '.join(map(str, listening))})")
+        left = {id for id, key in list(self.adopted.items()) if key} - {row["id"] for row in rows}
+        for row in [*rows, *filter(None, (service_row(self.store, id) for id in left))]:
             there = listening.get(row["port"], [])
             key = there[0].key if there else None
             fits = row["status"] in (("running", "unhealthy", "hijacked", "detached") if there else
@@ -2772,8 +2776,8 @@ def candidate_ports(daemon: Daemon, tx: Transaction, identity: str, limits: Opti
     """The ports to try by ourselves: from a hash of the identity upwards, round the range once."""
     low, high = limits or daemon.settings.range
     size = high - low + 1
-    taken = {row["port"] for row in tx.rows("SELECT port FROM SERVICES")}
-    avoid = WELL_KNOWN_PORTS | BLOCKED_PORTS | taken | set(daemon.listening()) | {daemon.port}
+    taken = tx.value("SELECT group_concat(port) FROM SERVICES") or "0"  # one value, for there may be thousands of rows
+    avoid = WELL_KNOWN_PORTS | BLOCKED_PORTS | set(map(int, taken.split(","))) | set(daemon.listening()) | {daemon.port}
     first, last = (0, 0) if limits else ephemeral_ports()
     start = zlib.crc32(identity.encode()) % size
     for step in range(size):
@@ -3861,17 +3865,19 @@ class Checker:
     def work(self) -> int:
         daemon, now = self.daemon, time.monotonic()
         awaited = {topic.partition(":")[2] for topic in daemon.bell.topics("service:")}
-        rows = daemon.store.rows("SELECT * FROM SERVICES")
-        if rows:
+        some = daemon.store.value("SELECT 1 FROM SERVICES LIMIT 1")
+        if some:
             daemon.observe()
+        rows = daemon.store.rows("SELECT * FROM SERVICES WHERE health IS NOT NULL")
+        for id in awaited - {row["id"] for row in rows}:
+            rows += filter(None, [service_row(daemon.store, id)])
         for row in rows:
-            wanted = row["health"] is not None or row["id"] in awaited
             due = now >= self.due.get(row["id"], 0) or row["id"] in awaited and not row["healthy"]
-            if wanted and due and not daemon.supervised(row):
+            if due and not daemon.supervised(row):
                 self.due[row["id"]] = now + HEALTH_EVERY / 1000
                 self.errands.start(row["id"], lambda row=row: daemon.check_health(row))  # type: ignore[misc]
         self.due = {row["id"]: self.due[row["id"]] for row in rows if row["id"] in self.due}
-        return 250 if awaited else 1_000 if rows else TICK_AT_MOST
+        return 250 if awaited else 1_000 if some else TICK_AT_MOST
 
 
 class Courier:
