@@ -1158,9 +1158,14 @@ def message_append(tx: Transaction, channel: str, payload: Any, sender: Optional
     number, text = tx.next_id(), to_json(payload)
     tx.run("INSERT INTO MESSAGES VALUES (?, ?, ?, ?, ?, ?, ?)", number, channel, text, sender, tx.now.wall,
            tx.lasts(ttl), ttl)
-    tx.run("INSERT INTO CHANNELS VALUES (?, 1, ?, ?, 0) ON CONFLICT (name) DO UPDATE SET count = count + 1, "
-           "bytes = bytes + excluded.bytes, last = excluded.last", channel, len(text.encode()), number)
-    while tx.value("SELECT count > ? OR bytes > ? FROM CHANNELS WHERE name = ?", KEEP_MESSAGES, KEEP_BYTES, channel):
+    size = len(text.encode())
+    fits = tx.run("UPDATE CHANNELS SET count = count + 1, bytes = bytes + ?1, last = ?2 WHERE name = ?3 AND count < ?4 AND "
+                  "bytes + ?1 <= ?5", size, number, channel, KEEP_MESSAGES, KEEP_BYTES)
+    if not fits:  # a new channel, or a full one
+        tx.run("INSERT INTO CHANNELS VALUES (?, 1, ?, ?, 0) ON CONFLICT (name) DO UPDATE SET count = count + 1, "
+               "bytes = bytes + excluded.bytes, last = excluded.last", channel, size, number)
+    while not fits and tx.value("SELECT count > ? OR bytes > ? FROM CHANNELS WHERE name = ?", KEEP_MESSAGES, KEEP_BYTES,
+                                channel):
         rows = tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ?2 AND id < ?3 AND {UNWANTED} ORDER BY id LIMIT 1",
                        tx.now.awake - DAY, channel, number)
         if not rows:
