@@ -2792,13 +2792,14 @@ def candidate_ports(daemon: Daemon, tx: Transaction, identity: str, limits: Opti
     """The ports to try by ourselves: from a hash of the identity upwards, round the range once."""
     low, high = limits or daemon.settings.range
     size = high - low + 1
-    taken = tx.value("SELECT group_concat(port) FROM SERVICES") or "0"  # one value, for there may be thousands of rows
-    avoid = WELL_KNOWN_PORTS | BLOCKED_PORTS | set(map(int, taken.split(","))) | set(daemon.listening()) | {daemon.port}
+    avoid = WELL_KNOWN_PORTS | BLOCKED_PORTS | set(daemon.listening()) | {daemon.port}
     first, last = (0, 0) if limits else ephemeral_ports()
     start = zlib.crc32(identity.encode()) % size
     for step in range(size):
         port = low + (start + step) % size
-        if port not in avoid and not first <= port <= last:
+        if step % 256 == 0 or port == low:  # a window at a time, for there may be thousands
+            taken = {row["port"] for row in tx.rows("SELECT port FROM SERVICES WHERE port BETWEEN ?1 AND ?1 + 255", port)}
+        if port not in avoid and port not in taken and not first <= port <= last:
             yield port
 
 
