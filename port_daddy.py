@@ -1325,10 +1325,14 @@ def lock_agree(name: str, held: Sequence[Any], seats: int) -> None:
 def lock_take(tx: Transaction, name: str, owner: Optional[str], ttl: int, pid: Optional[int], birth: Optional[int],
               seats: int, delay: int, metadata: Optional[dict[str, Any]]) -> Optional[int]:
     """Take a free seat of a lock; its fencing token, or None when there is none, or the lock is closed for its delay."""
-    lock_sweep(tx, "name = ? AND expires <= ?", name, tx.now.awake)
+    held = []
+    for row in tx.rows("SELECT * FROM LOCKS WHERE name = ?", name):
+        if row["expires"] > tx.now.awake:
+            held.append(row)
+        else:
+            lock_free(tx, row, "lock.expire", "time")
     if tx.value("SELECT 1 FROM CLOSED WHERE name = ? AND expires > ?", name, tx.now.awake):
         return None
-    held = tx.rows("SELECT seat, seats FROM LOCKS WHERE name = ?", name)
     lock_agree(name, held, seats)
     seat = next((number for number in range(seats) if number not in [row["seat"] for row in held]), None)
     if seat is None:
@@ -4048,13 +4052,15 @@ class Request(NamedTuple):
     headers: dict[str, str]
     length: Optional[int]
 
+    last: bool = False  # the connection ends with its answer
+
     @property
     def front(self) -> bool:
         """Whether it asks for the front page, which is the same for everybody."""
         return self.target == "/" and self.method == "GET"
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(64)  # clients that keep their connection mostly send the same head again
 def parse_head(head: bytes) -> Request:
     """A request's head, from its first byte to the blank line; BAD_REQUEST when any byte is out of place."""
     line = REQUEST_LINE.match(head)
@@ -4074,7 +4080,9 @@ def parse_head(head: bytes) -> Request:
     if len(found) > MAX_HEADERS or len(head) > MAX_LINE and any(len(name) + len(value) > MAX_LINE for name, value in found):
         raise PortDaddyError("HEADERS_TOO_LARGE")
     method, target, version = line.groups()
-    return Request(method.decode("ascii"), target.decode("ascii"), int(version), headers, body_length(headers, version))
+    options = headers.get("connection", "").lower().split(",")
+    return Request(method.decode("ascii"), target.decode("ascii"), int(version), headers, body_length(headers, version),
+                   version == b"0" or "close" in [option.strip() for option in options])
 
 
 def body_length(headers: Mapping[str, str], version: bytes) -> Optional[int]:
@@ -4196,6 +4204,19 @@ class Router:
                         segment = "{...}" if segment.endswith("...}") else "{}"
                     node = node.setdefault(segment, {})
                 node.setdefault("", {})[method] = (one, names)
+        # What a request without a body asks for is known by its first line, and many come again and again.
+        self.plan = functools.lru_cache(256)(lambda method, path, query: self.bind(method, path, query, {}))
+
+    def bind(self, method: str, path: str, query: str, given: Reply) -> tuple[Operation, dict[str, Any]]:
+        """The operation that is asked for and its fields: from the path, from the query (GET, DELETE) and the body."""
+        one, texts = self.find(method, path)
+        if query and method not in ("GET", "DELETE"):
+            raise PortDaddyError("UNKNOWN_FIELD", f"{method} takes its fields from the JSON body, not from the query")
+        for name, text in parse_query(query).items():
+            if name in texts:
+                raise PortDaddyError("BAD_VALUE", f"{name} was given twice, in the path and in the query", field=name)
+            texts[name] = text
+        return one, one.bind(given, texts)
 
     def find(self, method: str, path: str) -> tuple[Operation, dict[str, str]]:
         """The operation and its path parameters; the path is split first and decoded then (RFC 3986, 2.4)."""
@@ -4270,14 +4291,13 @@ def parse_body(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
 class HttpAsker(Asker):
     """An asker at the other end of a connection."""
 
-    def __init__(self, connection: Connection, headers: Mapping[str, str]) -> None:
-        def said(name: str, kind: Any) -> Any:
-            value = headers.get(name.lower())
-            return Field(name, name, kind_of(kind), False, None).check(value, read=True) if value else None
+    SAID = [(name.lower(), Field(name, name, kind_of(kind), False, None)) for name, kind in (
+        ("X-Agent-Id", AgentId), ("X-Pid", Pid), ("Last-Event-ID", Cursor), ("Idempotency-Key", RequestKey))]
 
+    def __init__(self, connection: Connection, headers: Mapping[str, str]) -> None:
         self.connection = connection
-        super().__init__(said("X-Agent-Id", AgentId), said("X-Pid", Pid), said("Last-Event-ID", Cursor),
-                         said("Idempotency-Key", RequestKey))
+        super().__init__(*(field.check(headers[name], read=True) if headers.get(name) else None
+                           for name, field in self.SAID))
 
     def connected(self) -> bool:
         return has_peer(self.connection.socket)
@@ -4340,9 +4360,7 @@ class Connection:
             self.granted = self.server.gate.check(request, self.socket, not self.known)
             self.known = True
             body = self.read_body(request)
-            options = request.headers.get("connection", "").lower()
-            close = "close" in [word.strip() for word in options.split(",")]
-            self.close_after = close or request.version == 0 or self.server.stopping
+            self.close_after = request.last or self.server.stopping
             asker = HttpAsker(self, request.headers)
             status, extra = 200, ""
             if request.method == "OPTIONS":  # of an allowed origin, or the gate would not have let it in
@@ -4404,7 +4422,10 @@ class Connection:
         return bool(chunk)
 
     def read_body(self, request: Request) -> bytes:
-        length, deadline = request.length, time.monotonic() + BODY_TIMEOUT
+        length = request.length
+        if length == 0:
+            return b""
+        deadline = time.monotonic() + BODY_TIMEOUT
         if (length is None or length > len(self.buffer)) and request.headers.get("expect", "").lower() == "100-continue":
             self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length is None:
@@ -4461,17 +4482,11 @@ class Connection:
             shown = PAGES[path](self.server.daemon, request.headers.get("accept", ""))
             if shown:
                 return shown
-        one, texts = self.server.router.find(method, path)
-        if method in ("GET", "DELETE"):
-            for name, text in parse_query(query).items():
-                if name in texts:
-                    raise PortDaddyError("BAD_VALUE", f"{name} was given twice, in the path and in the query", field=name)
-                texts[name] = text
-        elif query:
-            raise PortDaddyError("UNKNOWN_FIELD", f"{method} takes its fields from the JSON body, not from the query")
         if body and method == "GET":
             raise PortDaddyError("BAD_REQUEST", "GET takes its fields from the query, not from a body")
-        fields = one.bind(parse_body(request.headers, body), texts)
+        router = self.server.router
+        one, fields = router.bind(method, path, query, parse_body(request.headers, body)) if body else (
+            router.plan(method, path, query))
         if method != "POST" or not path.startswith(KEYED):
             asker.key = None
         return perform(self.server.daemon, asker, one, path, fields)  # type: ignore[no-any-return]
