@@ -6511,6 +6511,113 @@ def readme_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+# --- MCP --------------------------------------------------------------------------------------------------------------
+
+# The tools of the Model Context Protocol are a few rows of the table. Whoever acts says who it is, in `agent`: what an
+# agent holds is bound to that name and a lease, not to the process of this face, which agents end and start as they like.
+
+MCP_VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25", "2026-07-28")  # the last one without a handshake
+MCP_VERSION = "io.modelcontextprotocol/protocolVersion"  # where a request says it since then
+MCP_CODES = {"BAD_JSON": -32700, "BAD_REQUEST": -32600, "METHOD_NOT_ALLOWED": -32601, "BAD_VALUE": -32602,
+             "INTERNAL": -32603, "NOT_IMPLEMENTED": -32022}
+MCP_PATIENCE = 50_000  # clients give up a call after a minute
+MCP_CACHE = {"ttlMs": 3_600_000, "cacheScope": "public"}
+MCP_ABOUT = (
+    "Port Daddy keeps agents on one machine from colliding. Give your agent id, always the same, as `agent`. Claim a port "
+    "before you start a server; take a lock before you touch what others touch, extend it while you work, and unlock it "
+    "after. A refusal names who is in the way: wait, do something else, or ask them by publishing to the channel "
+    "agent:<their id>, and read your own with poll. A wait ends after 50 seconds; call again to go on.")
+MCP_AGENT = Field("agent", "agent", PLAIN_NAME, True, None)
+MCP_TOOLS: tuple[tuple[str, str, str, str], ...] = (  # operation, title, hints, what it gives (?: or null)
+    ("claim", "Claim a port", "idempotent", "id:string port:integer existing:boolean message:string"),
+    ("release", "Release a port", "destructive idempotent", "released:integer releasedPorts:array message:string"),
+    ("list_services", "List services and their ports", "read idempotent", "services:array count:integer"),
+    ("wait_for_services", "Wait until services are up", "read idempotent", "services:array healthy:boolean"),
+    ("lock", "Take a lock", "", "name:string owner:string token:integer expiresAt:integer waited:integer"),
+    ("extend_lock", "Keep a lock for longer", "idempotent", "name:string token:integer expiresAt:integer"),
+    ("unlock", "Release a lock", "destructive idempotent", "name:string released:boolean message:string"),
+    ("list_locks", "List locks and their holders", "read idempotent", "locks:array count:integer"),
+    ("publish", "Publish a message", "", "id:integer channel:string message:string"),
+    ("poll", "Wait for a message", "", "message:object? lastId:integer"),
+    ("ack", "Acknowledge a leased message", "idempotent", "success:boolean"),
+    ("get_activity", "See what happened", "read idempotent", "entries:array count:integer"))
+
+
+def field_schema(field: Field) -> Reply:
+    """What JSON Schema says of a field: its type, and in words what is accepted."""
+    kind = field.kind
+    names = ((Flag, "boolean"), (Integer, "integer"), (Text, "string"), (Several, "array"), (Ports, "array"))
+    name = next((name for family, name in names if isinstance(kind, family)), "object")
+    schema: Reply = {} if kind.nullable else {"type": ["integer", "string"] if isinstance(kind, Period) else name}
+    if name == "array":
+        schema["items"] = {"type": "integer" if isinstance(kind, Ports) else "string"}
+    return {**schema, "description": kind.expected}
+
+
+def mcp_inputs(one: Operation, hints: str) -> Reply:
+    """The arguments of a tool: `agent`, where it acts, in the place of whatever the operation calls it."""
+    hidden = ("pid",) if "read" in hints else ("pid", "agent", "owner", "sender")
+    fields = [field for field in one.fields.values() if field.wire not in hidden]
+    fields += [] if "read" in hints else [MCP_AGENT]
+    properties = {field.wire: field_schema(field) for field in fields}
+    for wire in {"wait", "timeout"} & set(properties):
+        properties[wire]["description"] += "; at most 50s here"
+    if "agent" in properties and "read" not in hints:
+        properties["agent"]["description"] = f"who you are, always the same: {PLAIN_NAME.expected}"
+    return {"type": "object", "properties": properties, "additionalProperties": False,
+            "required": [field.wire for field in fields if field.required]}
+
+
+def mcp_outputs(returns: str) -> Reply:
+    gives = dict(word.split(":") for word in returns.split())
+    return {"type": "object", "required": list(gives), "properties": {
+        wire: {"type": [name[:-1], "null"] if name.endswith("?") else name} for wire, name in gives.items()}}
+
+
+def mcp_tool(name: str) -> tuple[Operation, str]:
+    """The operation behind a tool, and its hints; BAD_VALUE when it is no tool."""
+    for tool, _, hints, _ in MCP_TOOLS:
+        if tool == name:
+            return next(one for one in OPERATIONS if one.name == name), hints
+    raise PortDaddyError("BAD_VALUE", f"there is no tool {plain(name)[:60]!r}; tools/list names them")
+
+
+def mcp_tools() -> list[Reply]:
+    """The list of tools, always in the same order."""
+    found = []
+    for name, title, hints, returns in MCP_TOOLS:
+        one, _ = mcp_tool(name)
+        notes = {"title": title, "readOnlyHint": "read" in hints, "destructiveHint": "destructive" in hints,
+                 "idempotentHint": "idempotent" in hints, "openWorldHint": False}
+        found.append({"name": name, "title": title, "description": one.summary, "inputSchema": mcp_inputs(one, hints),
+                      "outputSchema": mcp_outputs(returns), "annotations": notes})
+    return found
+
+
+def mcp_reply(reply: Reply) -> Reply:
+    return {"content": [{"type": "text", "text": to_json(reply)}], "structuredContent": reply, "isError": False}
+
+
+def mcp_refusal(problem: PortDaddyError) -> Reply:
+    """A refusal that a model can act on: the sentence, and the facts. It is not what the outputSchema describes, and some
+    clients check that whatever `isError` says: so it is text only."""
+    return {"content": [{"type": "text", "text": text} for text in (str(problem), to_json(problem.body))], "isError": True}
+
+
+def mcp_config(program: str, words: Sequence[str], environ: Mapping[str, str]) -> tuple[str, str]:
+    """How a program is told of this face: the file to put it into, and the text."""
+    entry: Reply = {"command": words[0], "args": list(words[1:]), **({"env": dict(environ)} if environ else {})}
+    if program == "codex":  # a JSON string without \\/ is a TOML string
+        env = "".join(f"\n{name} = {to_json(value)}" for name, value in environ.items())
+        text = f"[mcp_servers.port-daddy]\ncommand = {to_json(words[0])}\nargs = {to_json(list(words[1:]))}"
+        return "~/.codex/config.toml", text + (f"\n\n[mcp_servers.port-daddy.env]{env}" if env else "")
+    if program == "vscode":
+        return ".vscode/mcp.json", json.dumps({"servers": {"port-daddy": {"type": "stdio", **entry}}}, indent=2)
+    path = ".mcp.json" if program == "claude" else ".cursor/mcp.json"
+    return path, json.dumps({"mcpServers": {"port-daddy": entry}}, indent=2)
+
+
+
 # ======================================================================================================================
 # 15. TOOLS — looking at a folder, and what else helps from outside
 # ======================================================================================================================
