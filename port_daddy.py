@@ -7168,6 +7168,182 @@ def bench_table(report: Reply) -> str:
                               f"{machine['system']}, Python {machine['python']}.\n")
 
 
+# --- what is wrong here -----------------------------------------------------------------------------------------------
+
+class Finding(NamedTuple):
+    """What `doctor` found: state is ok, warn or fail, and `cure` says what to do about it."""
+
+    check: str
+    state: str
+    message: str
+    cure: str = ""
+
+
+def diagnose(settings: Settings) -> list[Finding]:
+    """Everything that is known to keep people from their daemon. Looks, starts nothing and changes nothing."""
+    found = [check_python(), check_home(settings.home), *check_daemon(settings), check_port(settings)]
+    return [*found, *check_copies(os.environ.get("PATH", "")), check_proxies(os.environ), check_loopback(), check_time()]
+
+
+def check_python() -> Finding:
+    said = f"Python {sys.version.split()[0]}, {sys.executable}"
+    try:
+        import sqlite3
+    except ImportError:
+        return Finding("python", "fail", f"{said}, has no sqlite3", "use a Python that was built with SQLite")
+    if sqlite3.sqlite_version_info < (3, 24):
+        return Finding("python", "fail", f"{said}: its SQLite {sqlite3.sqlite_version} is older than 3.24",
+                       "use a newer Python")
+    return Finding("python", "ok", f"{said}, SQLite {sqlite3.sqlite_version}")
+
+
+def check_home(home: str) -> Finding:
+    try:
+        mode, owner, _ = file_owner(home)
+    except PortDaddyError as problem:
+        above = home
+        while not os.path.exists(above):
+            above = os.path.dirname(above)
+        if above != home and os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK):
+            return Finding("state", "ok", f"{home} will be made when a daemon starts")
+        return Finding("state", "fail", str(problem), "set PORT_DADDY_HOME to a folder of yours")
+    free = os.statvfs(home).f_bavail * os.statvfs(home).f_frsize // 2 ** 20
+    if not stat.S_ISDIR(mode) or owner != os.geteuid() or not os.access(home, os.W_OK | os.X_OK):
+        return Finding("state", "fail", f"{home} is no folder that we own and may write",
+                       "set PORT_DADDY_HOME to a folder of yours")
+    if free < 100:
+        return Finding("state", "fail" if free < 2 else "warn", f"the disk of {home} has only {free} MiB left", "make room")
+    if mode & 0o077:
+        return Finding("state", "warn", f"{home} is open to other users (mode {stat.S_IMODE(mode):o})", f"chmod 700 {home}")
+    return Finding("state", "ok", f"{home} is ours alone, {free} MiB free")
+
+
+def check_daemon(settings: Settings) -> Iterator[Finding]:
+    url = ""
+    try:
+        url, instance = find_url(settings)
+        with PortDaddy(url, pid=0) as pd:
+            facts, well = pd.version(), pd.health()
+    except PortDaddyError as problem:
+        silent = problem.code == "UNREACHABLE" and not settings.url and not (url and listeners().get(split_url(url)[2]))
+        yield Finding("daemon", "warn" if silent else "fail", "no daemon runs" if silent else str(problem),
+                      "any command starts it, or: pd start" if silent else
+                      "unset PORT_DADDY_URL, or start the daemon there" if settings.url else
+                      f"see {settings.home}/daemon.log, then: pd daemon restart")
+        return
+    said = f"version {facts['version']} (protocol {facts['protocol']}) at {url}, pid {facts['pid']}"
+    if well["status"] != "ok":
+        yield Finding("daemon", "fail", f"{said} is {well['status']}: {well.get('error')}", "make room on its disk")
+    elif instance not in (None, facts["instance"]):
+        yield Finding("daemon", "fail", f"{said} serves another folder than {settings.home}", "pd start")
+    else:
+        yield Finding("daemon", "ok", said)
+    if facts["protocol"] != PROTOCOL:
+        older = "this file" if facts["protocol"] > PROTOCOL else "the daemon"
+        yield Finding("version", "fail", f"this file speaks protocol {PROTOCOL}; {older} is older",
+                      "update this file" if older == "this file" else "pd daemon restart")
+    elif facts["sha256"] != file_hash(os.path.abspath(__file__)):
+        yield Finding("version", "warn", f"the daemon runs another copy of this file ({__version__} here)",
+                      "pd daemon restart, to run this one")
+    else:
+        yield Finding("version", "ok", f"{__version__}, as the daemon")
+
+
+def check_port(settings: Settings) -> Finding:
+    port = settings.port
+    if not port or not listeners().get(port):
+        return Finding("port", "ok", f"port {port} is free" if port else "any free port will do")
+    ours = read_daemon_file(settings.home)
+    if PortDaddy(f"http://127.0.0.1:{port}", pid=0).ping():
+        mine = ours and split_url(str(ours["url"]))[2] == port
+        return Finding("port", "ok", f"port {port} is the daemon's" if mine else
+                       f"port {port} belongs to another Port Daddy; ours takes a free one")
+    return Finding("port", "fail", f"port {port} is taken by {port_holder(port)[1]}",
+                   "stop that, or set PORT_DADDY_PORT to another port")
+
+
+def check_copies(path: str) -> Iterator[Finding]:
+    """Other copies of this file that a shell would find, by the version that stands in them."""
+    own = os.path.realpath(__file__)
+    places = [os.path.join(folder, name) for folder in path.split(os.pathsep) for name in
+              ("pd", "port-daddy", "port_daddy.py") if folder]
+    for place in sorted({os.path.realpath(place) for place in places if os.path.isfile(place)} - {own}):
+        found = re.search(r'^__version__ = "([^"]{1,40})"$', read_text(place)[:65536], re.MULTILINE)
+        if found and found.group(1) != __version__:
+            yield Finding("copies", "warn", f"{place} is version {found.group(1)}, this file {__version__}",
+                          "replace the older one")
+
+
+def check_proxies(environ: Mapping[str, str]) -> Finding:
+    proxy = next((name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if environ.get(name)), None)
+    spared = re.split(r"[,\s]+", environ.get("no_proxy") or environ.get("NO_PROXY") or "")
+    if proxy and "*" not in spared and not {"localhost", "127.0.0.1"} <= set(spared):
+        return Finding("proxies", "warn", f"{proxy} is set: curl would ask that proxy for localhost, too",
+                       "export no_proxy=localhost,127.0.0.1,::1")
+    return Finding("proxies", "ok", "none in the way of localhost")
+
+
+def check_loopback() -> Finding:
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        bound = False
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+            bound = True
+        if not bound:
+            six = family == socket.AF_INET6
+            return Finding("loopback", "warn" if six else "fail", f"{address} cannot be bound",
+                           "write 127.0.0.1 where localhost fails" if six else "bring the loopback interface up")
+    return Finding("loopback", "ok", "127.0.0.1 and ::1")
+
+
+def check_time() -> Finding:
+    if time.time() < os.stat(os.path.abspath(__file__)).st_mtime - 86_400:
+        return Finding("clock", "warn", "the clock stands before the day on which this file was written",
+                       "set it; leases do not mind, what people read does")
+    return Finding("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S %z"))
+
+
+# --- a daemon that the system starts ----------------------------------------------------------------------------------
+
+def kept_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The settings of now that a daemon started by somebody else must be told; never a secret."""
+    return {name: value for name, value in sorted(environ.items()) if value and "TOKEN" not in name and (
+        name.startswith("PORT_DADDY_") or name == "XDG_STATE_HOME")}
+
+
+def systemd_word(text: str, command: bool = False) -> str:
+    """A word as systemd.syntax(7) reads it; `command`: an argument of ExecStart, where $ is special, too."""
+    text = re.sub(r'["\\]', lambda found: "\\" + found.group(), text).replace("%", "%%")
+    text = text.replace("$", "$$") if command else text
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found.group()):02x}", text) + '"'
+
+
+def systemd_unit(program: Sequence[str], environ: Mapping[str, str]) -> str:
+    """A unit of the user's systemd. Status 4 is another daemon that serves the folder: nothing to try again."""
+    words = [systemd_word(program[0]), *(systemd_word(word, command=True) for word in program[1:])]
+    settings = [f"Environment={systemd_word(f'{name}={value}')}" for name, value in environ.items()]
+    return "\n".join(["[Unit]", "Description=Port Daddy", "", "[Service]", f"ExecStart={' '.join(words)}", *settings,
+                      "Restart=on-failure", "RestartPreventExitStatus=4", "", "[Install]", "WantedBy=default.target", ""])
+
+
+def launchd_plist(program: Sequence[str], environ: Mapping[str, str]) -> str:
+    import plistlib
+    return plistlib.dumps({"Label": "port-daddy", "ProgramArguments": list(program), "EnvironmentVariables": dict(environ),
+                           "RunAtLoad": True, "KeepAlive": {"SuccessfulExit": False}}).decode()
+
+
+def system_service(platform: str, environ: Mapping[str, str], program: Sequence[str]) -> tuple[str, str, str, str]:
+    """Where the file of the system's own supervisor goes, its text, and the commands that switch it on and off."""
+    if platform == "darwin":
+        path = os.path.expanduser("~/Library/LaunchAgents/port-daddy.plist")
+        return (path, launchd_plist(program, kept_environment(environ)), f"launchctl bootstrap gui/{os.getuid()} '{path}'",
+                f"launchctl bootout gui/{os.getuid()}/port-daddy")
+    folder = os.path.expanduser(environ.get("XDG_CONFIG_HOME") or "~/.config")
+    return (os.path.join(folder, "systemd", "user", "port-daddy.service"), systemd_unit(program, kept_environment(environ)),
+            "systemctl --user daemon-reload && systemctl --user enable --now port-daddy.service",
+            "systemctl --user disable --now port-daddy.service")
+
+
 # ======================================================================================================================
 # 16. COMMAND LINE — the same operations from a terminal
 # ======================================================================================================================
