@@ -8069,6 +8069,240 @@ def show_bench(options: argparse.Namespace) -> None:
         out(json.dumps(report, indent=2, ensure_ascii=False))
 
 
+# --- from outside -----------------------------------------------------------------------------------------------------
+
+@command("doctor", "pd doctor")
+def doctor(options: argparse.Namespace) -> int:
+    """Look for what keeps people from their daemon, and say what to do about it."""
+    found = diagnose(Settings.load(home=options.home))
+    well = all(one.state != "fail" for one in found)
+    if options.json:
+        out(json.dumps({"success": well, "checks": [one._asdict() for one in found]}, indent=2, ensure_ascii=False))
+    elif not options.quiet:
+        for one in found:
+            out(f"{one.state.ljust(4)}  {one.check.ljust(8)}  {one.message}" + (f"; {one.cure}" if one.cure else ""))
+    return 0 if well else 1
+
+
+AGREE = argument("--yes", action="store_true", help="do it; without this, only show what would be done")
+
+
+def run_shell(line: str) -> None:
+    """Run a command of the system for people; when it fails or is missing, they are told to run it themselves."""
+    if process_run(["/bin/sh", "-c", line], os.environ, None).wait():
+        say(f"pd: that failed (no systemd or launchd of yours may be running here); run it yourself: {line}")
+
+
+def this_service(options: argparse.Namespace) -> tuple[str, str, str, str]:
+    home = {"PORT_DADDY_HOME": os.path.abspath(options.home)} if options.home else {}
+    program = [os.path.abspath(sys.executable), os.path.abspath(__file__), "serve"]
+    return system_service(sys.platform, {**os.environ, **home}, program)
+
+
+@command("daemon install", "pd daemon install --yes", AGREE)
+def daemon_install(options: argparse.Namespace) -> None:
+    """Have systemd or launchd start the daemon when you log in; shows the file, and writes it with --yes."""
+    path, text, switch_on, _ = this_service(options)
+    write_text(1, text)
+    if not options.yes:
+        return say(f"pd: this would go to {path} (with --yes), and then: {switch_on}")
+    with blamed("INTERNAL", f"{os.path.dirname(path)} cannot be made"):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_file(path, text, 0o644)
+    say(f"pd: wrote {path}; now: {switch_on}")
+    return run_shell(switch_on)
+
+
+@command("daemon uninstall", "pd daemon uninstall --yes", AGREE)
+def daemon_uninstall(options: argparse.Namespace) -> None:
+    """Take back what install did, with --yes; the state stays."""
+    path, _, _, switch_off = this_service(options)
+    if not os.path.exists(path):
+        return say(f"pd: there is no {path}")
+    if not options.yes:
+        return say(f"pd: this would run {switch_off}, and remove {path} (with --yes)")
+    run_shell(switch_off)
+    remove_file(path)
+    return say(f"pd: removed {path}")
+
+
+# --- MCP --------------------------------------------------------------------------------------------------------------
+
+class Call(PortDaddy):
+    """A call of a tool: a client of its own, so that the call can be cut off alone, wherever it is."""
+
+    waits = cancelled = False
+    link: Optional[Link] = None
+
+    def connect(self, start: bool = True) -> Link:
+        self.link = super().connect(start)
+        if self.cancelled:
+            self.link.close()
+            raise PortDaddyError("TIMED_OUT", "the call was cancelled")
+        return self.link
+
+    def cancel(self) -> None:
+        self.cancelled = True  # first: either we see the link, or connect sees that we were here
+        if self.link:
+            with contextlib.suppress(OSError):
+                self.link.socket.shutdown(socket.SHUT_RDWR)
+
+
+class Mcp:
+    """One client on stdin and stdout, a JSON-RPC 2.0 message a line. The reader answers what is quick itself; a call has a
+    thread of its own, so that one that waits holds up nothing.
+
+    (https://modelcontextprotocol.io/specification)"""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.version = settings, ""
+        self.calls: dict[Any, Call] = {}  # those that are not answered yet, by the id of their request
+        self.writing = threading.Lock()  # guards stdout: a line is written in one piece
+
+    def loop(self, lines: Iterable[bytes]) -> int:
+        for line in lines:
+            if line.strip():
+                self.receive(line)
+        deadline = time.monotonic() + 1
+        while self.calls and time.monotonic() < deadline + 20:  # what was asked for is answered, but nobody waits for us
+            for call in list(self.calls.values()) if time.monotonic() > deadline else ():
+                if call.waits:
+                    call.cancel()
+            time.sleep(0.02)
+        return 0
+
+    def send(self, answer: Any) -> None:
+        with self.writing:
+            write_text(1, f"{to_json(answer)}\n")
+
+    def receive(self, line: bytes) -> None:
+        try:
+            message = read_json(line.decode("utf-8"))
+        except (UnicodeDecodeError, PortDaddyError):
+            return self.send(rpc_failure(None, PortDaddyError("BAD_JSON", "that line is not valid JSON")))
+        batch = message if self.version == "2025-03-26" and isinstance(message, list) and message else None
+        called = [each["id"] for each in batch or [message] if is_request(each) and each["method"] == "tools/call"]
+        for id in called:
+            self.calls[id] = Call(pid=0, autostart=True)
+            self.calls[id].settings = self.settings
+        if not called:
+            return self.work(message, batch, called)
+        return threading.Thread(target=self.work, args=(message, batch, called), daemon=True).start()
+
+    def work(self, message: Any, batch: Optional[list[Any]], called: Sequence[Any]) -> None:
+        """Answer a message, or all of a batch in one; what fails of itself is answered, too, and then seen on stderr."""
+        answer: Any = rpc_failure(called[0] if called else None, PortDaddyError("INTERNAL", "this face failed; see stderr"))
+        try:
+            answer = list(filter(None, map(self.answer, batch))) if batch else self.answer(message)
+        finally:
+            if answer:
+                self.send(answer)
+            for id in called:
+                self.calls.pop(id, None)
+
+    def answer(self, message: Any) -> Optional[Reply]:
+        """The answer to one message; None to a notification, an answer, or a call that was cancelled."""
+        if not is_request(message):
+            return self.take_note(message)
+        id, method, params = message["id"], message["method"], message.get("params", {})
+        try:
+            if not isinstance(params, dict) or not isinstance(params.get("_meta", {}), dict):
+                raise PortDaddyError("BAD_VALUE", "params and its _meta must be objects")
+            result = self.result(id, method, params)
+        except PortDaddyError as problem:
+            return rpc_failure(id, problem)
+        return None if id in self.calls and self.calls[id].cancelled else {"jsonrpc": "2.0", "id": id, "result": result}
+
+    def take_note(self, message: Any) -> Optional[Reply]:
+        known = isinstance(message, dict) and message.get("jsonrpc") == "2.0"
+        if known and "id" not in message and isinstance(message.get("method"), str):
+            params = message.get("params")
+            id = params.get("requestId") if isinstance(params, dict) else None
+            if message["method"] == "notifications/cancelled" and is_id(id) and id in self.calls:
+                self.calls[id].cancel()
+        elif not known or not {"result", "error"} & set(message):
+            id = message.get("id") if known else None
+            problem = PortDaddyError("BAD_REQUEST", "that is no request of JSON-RPC 2.0")
+            return rpc_failure(id if is_id(id) else None, problem)
+        return None
+
+    def result(self, id: Any, method: str, params: Reply) -> Reply:
+        """What a request gives, in the era that it is of: with the version in its _meta, or after a handshake."""
+        modern = MCP_VERSION in params.get("_meta", {})
+        about = {"capabilities": {"tools": {}}, "instructions": MCP_ABOUT}
+        name = {"name": "port-daddy", "title": "Port Daddy", "version": __version__}
+        if modern and params["_meta"][MCP_VERSION] != MCP_VERSIONS[-1]:
+            raise PortDaddyError("NOT_IMPLEMENTED", "that protocol version is not supported in a request; versions before "
+                                 f"{MCP_VERSIONS[-1]} begin with initialize", supported=list(MCP_VERSIONS),
+                                 requested=params["_meta"][MCP_VERSION])
+        if method == "tools/call":
+            reply = self.call(self.calls[id], params)
+        elif method == "tools/list":
+            reply = {"tools": mcp_tools(), **(MCP_CACHE if modern else {})}
+        elif method == "server/discover" and modern:
+            reply = {"supportedVersions": list(MCP_VERSIONS), **about, **MCP_CACHE,
+                     "_meta": {"io.modelcontextprotocol/serverInfo": name}}
+        elif method == "initialize" and not modern:
+            if not isinstance(params.get("protocolVersion"), str):
+                raise PortDaddyError("BAD_VALUE", "protocolVersion is missing: a version such as " + MCP_VERSIONS[-2])
+            asked = params["protocolVersion"]
+            self.version = asked if asked in MCP_VERSIONS[:-1] else MCP_VERSIONS[-2]
+            reply = {"protocolVersion": self.version, "serverInfo": name, **about}
+        elif method == "ping" and not modern:
+            reply = {}
+        else:
+            raise PortDaddyError("METHOD_NOT_ALLOWED", f"there is no method {method[:60]!r}")
+        return {"resultType": "complete", **reply} if modern else reply
+
+    def call(self, call: Call, params: Reply) -> Reply:
+        """What a tool gives; refusals, bad arguments among them, are for the model to read, and so results."""
+        (one, hints), given = mcp_tool(params.get("name", "")), params.get("arguments") or {}
+        if not isinstance(given, dict):
+            raise PortDaddyError("BAD_VALUE", "arguments must be an object")
+        try:
+            if len(self.calls) > 64:
+                raise PortDaddyError("BUSY", "64 calls are under way; wait for one of them to end")
+            if "read" not in hints:
+                given = {"agent": None, **given}
+                call.agent_id = MCP_AGENT.check(given.pop("agent"), read=False)
+            values = one.bind(given, {})
+            for name in {"wait", "timeout"} & set(one.fields):
+                values[name] = min(values.get(name, one.fields[name].default), MCP_PATIENCE)
+                call.waits = values[name] > 0
+            with call:
+                return mcp_reply(call.ask(one.name, values))
+        except PortDaddyError as problem:
+            return mcp_refusal(problem)
+
+
+def is_id(id: Any) -> bool:
+    return type(id) in (str, int)
+
+
+def is_request(message: Any) -> bool:
+    return (isinstance(message, dict) and message.get("jsonrpc") == "2.0" and is_id(message.get("id"))
+            and isinstance(message.get("method"), str))
+
+
+def rpc_failure(id: Any, problem: PortDaddyError) -> Reply:
+    code = MCP_CODES.get(problem.code, MCP_CODES["INTERNAL"])
+    return {"jsonrpc": "2.0", "id": id, "error": {"code": code, "message": str(problem),
+                                                  **({"data": problem.facts} if problem.facts else {})}}
+
+
+@command("mcp", "pd mcp --print-config claude", argument(
+    "--print-config", choices=["claude", "cursor", "codex", "vscode"], help="what to tell that program, and nothing else"))
+def serve_mcp(options: argparse.Namespace) -> int:
+    """Be a server of the Model Context Protocol on stdin and stdout, for a coding agent."""
+    if options.print_config:
+        words = [sys.executable, os.path.abspath(__file__), "mcp", *(["--home", options.home] if options.home else [])]
+        path, text = mcp_config(options.print_config, words, kept_environment(os.environ))
+        write_text(1, f"{text}\n")
+        say(f"pd: this goes into {path}")
+        return 0
+    return Mcp(Settings.load(home=options.home)).loop(sys.stdin.buffer if sys.stdin else ())
+
+
 # --- the top ----------------------------------------------------------------------------------------------------------
 
 FAMILIES = (("projects", "dev down restart logs run scan"),
@@ -8076,7 +8310,8 @@ FAMILIES = (("projects", "dev down restart logs run scan"),
             ("channels", "pub sub poll ack nack touch work watch channels groups dead redrive clear"),
             ("locks", "with-lock lock unlock extend check locks"),
             ("agents", "agent agents"), ("webhooks", "webhook"),
-            ("the daemon", "start stop status serve daemon activity version bench"))
+            ("coding agents", "mcp"),
+            ("the daemon", "start stop status serve daemon doctor activity version bench"))
 
 
 def overview(known: Mapping[str, Command], only: str = "") -> str:

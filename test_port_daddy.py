@@ -6597,6 +6597,329 @@ def test_32_claimers_among_strangers_never_get_a_port_twice_or_one_that_is_taken
 
 
 # =====================================================================================================================
+# 14. DESCRIPTIONS — what a coding agent is told, and what comes of its calls
+# =====================================================================================================================
+
+MODERN = {"_meta": {"io.modelcontextprotocol/protocolVersion": "2026-07-28"}}
+
+
+class McpClient:
+    """`python port_daddy.py mcp` as a real process: a line in, a line out."""
+
+    def __init__(self, environ):
+        self.process = subprocess.Popen([sys.executable, str(MODULE), "mcp"], env=environ, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.ids = itertools.count(1)
+
+    def say(self, line):
+        self.process.stdin.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
+        self.process.stdin.flush()
+
+    def hear(self):
+        return json.loads(read_line(self.process.stdout))
+
+    def send(self, method, **params):
+        self.say({"jsonrpc": "2.0", "id": (number := next(self.ids)), "method": method, "params": params})
+        return number
+
+    def ask(self, method, **params):
+        number, answer = self.send(method, **params), self.hear()
+        assert answer["jsonrpc"] == "2.0" and answer["id"] == number, answer
+        return answer
+
+    def call(self, tool, **arguments):
+        return self.ask("tools/call", name=tool, arguments=arguments)["result"]
+
+    def end(self):
+        """Close its stdin; what it still says, what it logged, and how it ended."""
+        said, logged = self.process.communicate(timeout=20)
+        return said, logged, self.process.returncode
+
+
+@pytest.fixture
+def mcp():
+    started = []
+
+    def start(environ):
+        started.append(McpClient(environ))
+        return started[-1]
+
+    yield start
+    for client in started:
+        end(client.process)
+
+
+@pytest.fixture
+def agent(mcp, cli):
+    return mcp(cli.environment)
+
+
+@pytest.fixture
+def listening():
+    """Programs that listen on a port until the test ends."""
+    started = []
+
+    def start(port):
+        code = f"import socket; s = socket.create_server(('127.0.0.1', {port})); print('up', flush=True); input()"
+        started.append(subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        start_new_session=True))
+        read_line(started[-1].stdout)
+
+    yield start
+    for process in started:
+        end(process)
+
+
+def fits(schema, value):
+    """The part of JSON Schema that our own schemas use."""
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool, "null": type(None)}
+    named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    assert any(type(value) is kinds[name] for name in named), (schema, value)
+    for name in schema.get("required", ()):
+        fits(schema["properties"][name], value[name])
+
+
+def test_mcp_shakes_hands_in_any_version_it_knows(agent):
+    for asked in ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25", "1999-01-01", "2026-07-28"):
+        begun = agent.ask("initialize", protocolVersion=asked, capabilities={}, clientInfo={"name": "t"})["result"]
+        assert begun["protocolVersion"] == (asked if "2024" <= asked < "2026" else "2025-11-25")
+        assert begun["serverInfo"]["name"] == "port-daddy" and begun["instructions"]
+        assert begun["capabilities"] == {"tools": {}}
+        agent.say({"jsonrpc": "2.0", "method": "notifications/initialized"})
+        assert agent.ask("ping")["result"] == {}
+        assert set(agent.ask("tools/list")["result"]) == {"tools"}
+    assert agent.end() == ("", "", 0)
+
+
+def test_mcp_needs_no_handshake_in_the_new_era(agent):
+    found = agent.ask("server/discover", **MODERN)["result"]
+    assert found["resultType"] == "complete" and "2026-07-28" in found["supportedVersions"]
+    assert {"capabilities", "instructions", "ttlMs", "cacheScope"} <= set(found)
+    listed = agent.ask("tools/list", **MODERN)["result"]
+    assert listed["resultType"] == "complete" and listed["ttlMs"] > 0 and listed["cacheScope"] == "public"
+    called = agent.ask("tools/call", name="list_locks", arguments={}, **MODERN)["result"]
+    assert called["resultType"] == "complete" and called["structuredContent"]["locks"] == []
+    for version in ("2199-01-01", "2025-11-25", 7):
+        error = agent.ask("tools/list", _meta={"io.modelcontextprotocol/protocolVersion": version})["error"]
+        assert error["code"] == -32022 and error["data"]["requested"] == version
+        assert "2026-07-28" in error["data"]["supported"]
+    for method in ("initialize", "ping"):
+        assert agent.ask(method, **MODERN)["error"]["code"] == -32601
+    assert agent.ask("server/discover")["error"]["code"] == -32601
+
+
+def test_mcp_describes_at_most_twelve_tools_always_alike(agent):
+    tools = agent.ask("tools/list")["result"]["tools"]
+    assert tools == agent.ask("tools/list")["result"]["tools"] and 1 <= len(tools) <= 12
+    for tool in tools:
+        hints = tool["annotations"]
+        assert tool["title"] and tool["description"] and hints["openWorldHint"] is False
+        assert {type(hints[name]) for name in ("readOnlyHint", "destructiveHint", "idempotentHint")} == {bool}
+        assert not (hints["readOnlyHint"] and hints["destructiveHint"])
+        takes = tool["inputSchema"]
+        assert takes["type"] == tool["outputSchema"]["type"] == "object"
+        assert set(takes["required"]) <= set(takes["properties"])
+        assert hints["readOnlyHint"] or "agent" in takes["required"], tool["name"]
+        assert all(field["description"] for field in takes["properties"].values()) and "pid" not in takes["properties"]
+        assert all("items" in field for field in takes["properties"].values() if field.get("type") == "array")
+
+
+def test_every_tool_of_mcp_gives_what_its_schema_says_and_the_same_as_text(agent, pd, listening):
+    tools = agent.ask("tools/list")["result"]["tools"]
+    schemas = {tool["name"]: tool["outputSchema"] for tool in tools}
+    acting = {tool["name"] for tool in tools if "agent" in tool["inputSchema"]["required"]}
+    pd.publish("tasks", {"n": 1})
+    calls = [
+        ("claim", {"id": "shop:web", "range": [4000, 4999]}), ("list_services", {"pattern": "shop:*"}),
+        ("wait_for_services", {"services": ["shop:web"]}), ("lock", {"name": "db", "ttl": "30s"}),
+        ("extend_lock", {"name": "db", "ttl": 60_000}), ("list_locks", {"owner": "a"}), ("unlock", {"name": "db"}),
+        ("publish", {"channel": "news", "payload": None}), ("poll", {"channel": "tasks", "timeout": 0, "lease": "30s"}),
+        ("ack", {"channel": "tasks"}), ("poll", {"channel": "void", "timeout": 0}), ("get_activity", {"agent": "a"}),
+        ("release", {"id": "shop:*"})]
+    seen = {}
+    for tool, given in calls:
+        if tool == "ack":
+            given["receipt"] = seen["poll"]["receipt"]
+        if tool == "wait_for_services":  # a process that is younger than the claim, and so no stranger
+            listening(seen["claim"]["port"])
+        result = agent.call(tool, **given, **({"agent": "a"} if tool in acting and "agent" not in given else {}))
+        assert result["isError"] is False, result
+        seen[tool] = result["structuredContent"]
+        fits(schemas[tool], seen[tool])
+        assert json.loads(result["content"][0]["text"]) == seen[tool]
+    assert set(seen) == set(schemas)
+    assert pd.get_messages("news")["messages"][0]["sender"] == "a"
+
+
+def test_a_refusal_of_mcp_is_a_result_that_names_the_holder_and_what_to_do(agent, pd):
+    pd.lock("db", owner="other")
+    refused = agent.call("lock", agent="me", name="db")
+    said = refused["content"][0]["text"]
+    assert refused["isError"] and "held by other" in said and "give it longer" in said
+    assert json.loads(refused["content"][1]["text"])["code"] == "LOCK_HELD"
+    for tool, given, words in (
+            ("lock", {"name": "db"}, "agent must be a name"), ("lock", {"agent": "a b", "name": "db"}, "agent must be"),
+            ("lock", {"agent": "me"}, "name is missing"), ("lock", {"agent": "me", "name": "x", "tll": 3}, "mean ttl"),
+            ("claim", {"agent": "me", "id": "a b"}, "id must be"), ("list_locks", {"pattern": 3}, "pattern must be")):
+        wrong = agent.call(tool, **given)
+        assert wrong["isError"] and words in wrong["content"][0]["text"], wrong
+
+
+NO_REQUESTS = [  # a line, and the code and the id of its refusal
+    ("{half", -32700, None), ("\xff\udc80", -32700, None), ('{"a": 1, "a": 2}', -32700, None), ("3", -32600, None),
+    ("[]", -32600, None), ('[{"jsonrpc": "2.0", "id": 1, "method": "ping"}]', -32600, None),
+    ('{"jsonrpc": "1.0", "id": 1, "method": "ping"}', -32600, None), ('{"jsonrpc": "2.0", "id": 1}', -32600, 1),
+    ('{"jsonrpc": "2.0", "id": null, "method": "ping"}', -32600, None),
+    ('{"jsonrpc": "2.0", "id": [1], "method": "tools/call"}', -32600, None),
+    ('{"jsonrpc": "2.0", "id": "x", "method": "resources/list"}', -32601, "x"),
+    ('{"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": []}', -32602, 1),
+    ('{"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"_meta": 3}}', -32602, 1),
+    ('{"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {}}', -32602, 1),
+    ('{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "rm"}}', -32602, 1),
+    ('{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": ["lock"]}}', -32602, 1),
+    ('{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "lock", "arguments": "x"}}', -32602, 1)]
+
+
+def test_mcp_refuses_what_is_no_request_and_goes_on(agent):
+    for line, code, id in NO_REQUESTS:
+        agent.process.stdin.buffer.write(line.encode("latin-1", "surrogateescape") + b"\n\n")
+        agent.process.stdin.flush()
+        answer = agent.hear()
+        assert (answer["error"]["code"], answer["id"]) == (code, id), line
+        assert agent.ask("ping")["result"] == {}
+
+
+def test_mcp_answers_no_notification_and_no_answer(agent):
+    for message in ({"method": "notifications/initialized"}, {"method": "no/such"}, {"method": "tools/call"},
+                    {"method": "notifications/cancelled", "params": {"requestId": [1]}},
+                    {"method": "notifications/cancelled", "params": []}, {"id": 9, "result": {}},
+                    {"id": 9, "error": {"code": 1, "message": ""}}):
+        agent.say({"jsonrpc": "2.0", **message})
+    assert agent.ask("ping")["result"] == {}
+    assert agent.end() == ("", "", 0)
+
+
+def test_mcp_takes_a_batch_in_the_one_version_that_has_them(agent):
+    agent.ask("initialize", protocolVersion="2025-03-26")
+    call = {"name": "lock", "arguments": {"agent": "a", "name": "db"}}
+    agent.say([{"jsonrpc": "2.0", "id": "p", "method": "ping"}, {"jsonrpc": "2.0", "method": "notifications/initialized"},
+               {"jsonrpc": "2.0", "id": "l", "method": "tools/call", "params": call}, 3])
+    answers = agent.hear()
+    assert [answer["id"] for answer in answers] == ["p", "l", None]
+    assert answers[1]["result"]["structuredContent"]["owner"] == "a" and answers[2]["error"]["code"] == -32600
+    agent.say([{"jsonrpc": "2.0", "method": "notifications/initialized"}])
+    assert agent.ask("ping")["result"] == {}
+
+
+def test_a_call_of_mcp_that_waits_holds_up_nothing_and_can_be_cancelled(agent, pd):
+    pd.lock("db", owner="other")
+    waiting = agent.send("tools/call", name="lock", arguments={"agent": "a", "name": "db", "wait": "1h"})
+    cancelled = agent.send("tools/call", name="lock", arguments={"agent": "b", "name": "db", "wait": "40s"})
+    eventually(lambda: pd.check_lock("db")["waiting"] == 2)
+    assert agent.ask("ping")["result"] == {}
+    assert agent.call("lock", agent="a", name="else")["isError"] is False
+    agent.say({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": cancelled}})
+    eventually(lambda: pd.check_lock("db")["waiting"] == 1, 5)
+    pd.unlock("db", owner="other")
+    answer = agent.hear()
+    assert answer["id"] == waiting and answer["result"]["structuredContent"]["owner"] == "a"
+    assert agent.ask("ping")["result"] == {}  # and nothing is said of the cancelled one
+
+
+def test_a_wait_of_mcp_ends_before_its_client_gives_up(make_server, cli, pd, mcp, server, monkeypatch):
+    asked = []
+    wait = server.daemon.wait
+    monkeypatch.setattr(server.daemon, "wait", lambda asker, look, timeout, *rest, **more: (
+        asked.append(timeout), wait(asker, look, 0, *rest, **more))[1])
+    agent = mcp(cli.environment)
+    pd.lock("db", owner="other")
+    asked.clear()
+    assert agent.call("lock", agent="a", name="db", wait="1h")["isError"]
+    assert agent.call("wait_for_services", services=["no:such"])["isError"]
+    assert agent.call("poll", agent="a", channel="void", timeout=60_000)["structuredContent"]["message"] is None
+    assert asked == [50_000, 50_000, 50_000]
+
+
+def test_what_an_agent_took_over_mcp_outlives_the_process_and_waits_do_not(agent, pd):
+    pd.lock("busy", owner="other")
+    assert agent.call("lock", agent="a", name="db")["isError"] is False
+    assert pd.check_lock("db")["pid"] is None
+    agent.send("tools/call", name="lock", arguments={"agent": "a", "name": "busy", "wait": "50s"})
+    eventually(lambda: pd.check_lock("busy")["waiting"] == 1)
+    agent.send("tools/call", name="publish", arguments={"agent": "a", "channel": "last", "payload": 1})
+    said, logged, status = agent.end()
+    assert status == 0 and logged == "" and len(said.splitlines()) == 1 and '"channel":"last"' in said
+    eventually(lambda: pd.check_lock("busy")["waiting"] == 0, 5)
+    assert pd.check_lock("db")["owner"] == "a"
+
+
+def test_mcp_starts_the_daemon_and_finds_it_again_after_a_restart(mcp, fresh):
+    agent = mcp(fresh.environment)
+    assert agent.ask("tools/list")["result"]["tools"] and not (fresh.home / "daemon.json").exists()
+    token = agent.call("lock", agent="a", name="db")["structuredContent"]["token"]
+    assert fresh("stop").returncode == 0
+    assert agent.call("extend_lock", agent="a", name="db", token=token)["structuredContent"]["token"] == token
+    assert agent.end() == ("", "", 0)
+
+
+def test_mcp_says_what_to_do_when_no_daemon_can_be_had(mcp, cli, tmp_path):
+    lost = mcp({**cli.environment, "PORT_DADDY_URL": "http://127.0.0.1:1"}).call("list_locks")
+    assert lost["isError"] and "start one with" in lost["content"][0]["text"]
+    (tmp_path / "file").write_text("")
+    nowhere = mcp(environment(PORT_DADDY_HOME=tmp_path / "file" / "home", PORT_DADDY_PORT=0)).call("list_locks")
+    assert nowhere["isError"] and "state folder" in nowhere["content"][0]["text"]
+
+
+@pytest.mark.parametrize("program", ["claude", "cursor", "codex", "vscode"])
+def test_mcp_prints_the_configuration_of_a_program(cli, mcp, program, pd):
+    told = cli("mcp", "--print-config", program, PORT_DADDY_TOKEN="hush-hush")
+    assert told.returncode == 0 and "goes into" in told.stderr and "hush" not in told.stdout
+    if program == "codex":
+        tomllib = pytest.importorskip("tomllib")
+        entry = tomllib.loads(told.stdout)["mcp_servers"]["port-daddy"]
+    else:
+        entry = json.loads(told.stdout)["servers" if program == "vscode" else "mcpServers"]["port-daddy"]
+    asked = '{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "list_locks"}}\n'
+    pd.lock("seen", owner="me")
+    done = subprocess.run([entry["command"], *entry["args"]], env=environment(**entry["env"]), input=asked, text=True,
+                          capture_output=True, timeout=20)
+    assert done.returncode == 0 and "seen" in done.stdout and "hush" not in str(entry)
+
+
+SDK_SESSION = """
+import asyncio, sys
+from mcp import Client, StdioServerParameters
+from mcp.client.stdio import stdio_client
+
+async def main(mode):
+    server = StdioServerParameters(command=sys.argv[1], args=[sys.argv[2], "mcp"], env={"PORT_DADDY_URL": sys.argv[3],
+                                   "PORT_DADDY_HOME": sys.argv[4]})
+    async with Client(stdio_client(server), mode=mode) as client:
+        tools = (await client.list_tools()).tools
+        taken = await client.call_tool("lock", {"agent": mode, "name": "sdk/" + mode})
+        again = await client.call_tool("lock", {"agent": "other", "name": "sdk/" + mode})
+        assert not taken.is_error and taken.structured_content["owner"] == mode
+        assert again.is_error and "held by " + mode in again.content[0].text
+        empty = await client.call_tool("poll", {"agent": mode, "channel": "void", "timeout": 0})
+        assert empty.structured_content["message"] is None
+        print(client.protocol_version, len(tools))
+
+for mode in ("legacy", "auto"):
+    asyncio.run(main(mode))
+"""
+
+
+@pytest.mark.peers
+def test_the_official_sdk_of_mcp_speaks_with_us_in_both_eras(server):
+    python = os.environ.get("MCP_SDK_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import mcp.client.client"], capture_output=True).returncode:
+        pytest.skip("no mcp >= 2 here: pip install mcp, or name a Python that has it in MCP_SDK_PYTHON")
+    done = subprocess.run([python, "-c", SDK_SESSION, sys.executable, str(MODULE), server.url, server.daemon.settings.home],
+                          env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "2025-11-25 12\n2026-07-28 12\n"), done
+
+
+# =====================================================================================================================
 # 15. TOOLS — what a folder tells about itself
 # =====================================================================================================================
 
@@ -6713,6 +7036,112 @@ def test_a_bench_that_is_killed_leaves_nothing_running(tmp_path, children, numbe
     process.send_signal(number)
     process.wait(10)
     eventually(lambda: not those_of(tmp_path), 20)
+
+
+def checks(told):
+    return {one["check"]: one for one in told["checks"]}
+
+
+def test_doctor_finds_a_well_daemon_well_and_starts_none(fresh, tmp_path):
+    before = fresh.json("doctor")
+    assert before["success"] and checks(before)["daemon"]["state"] == "warn"
+    assert {"python", "state", "daemon", "port", "proxies", "loopback", "clock"} == set(checks(before))
+    assert not fresh.home.exists() and fresh("status").returncode == 6
+    fresh("start")
+    after = checks(fresh.json("doctor"))
+    assert after["daemon"]["state"] == after["version"]["state"] == after["state"]["state"] == "ok", after
+    lines = fresh("doctor")
+    assert lines.returncode == 0 and all(re.match(r"(ok  |warn)  \w+ +\S", line) for line in lines.stdout.splitlines())
+
+
+def test_doctor_names_whoever_is_in_the_way_and_ends_with_1(fresh, receiver, tmp_path):
+    told = fresh("doctor", PORT_DADDY_PORT=str(receiver.port))
+    assert told.returncode == 1
+    assert re.search(rf"(?m)^fail  port +port {receiver.port} is taken by .*pid {os.getpid()}\); stop that", told.stdout)
+    wrong = fresh("doctor", PORT_DADDY_URL=receiver.url)
+    assert wrong.returncode == 1 and "not a Port Daddy" in wrong.stdout
+    assert fresh("doctor", PORT_DADDY_URL="http://127.0.0.1:1").returncode == 1
+    (tmp_path / "file").write_text("")
+    blocked = fresh("doctor", PORT_DADDY_HOME=tmp_path / "file" / "home")
+    assert blocked.returncode == 1 and "set PORT_DADDY_HOME" in blocked.stdout and "Traceback" not in blocked.stderr
+
+
+def test_doctor_warns_of_what_will_surprise(fresh, tmp_path):
+    fresh.home.mkdir(mode=0o755)
+    fresh.home.chmod(0o755)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "port_daddy.py").write_text('__version__ = "0.0.1"\n')
+    more = {"PATH": f"{tmp_path / 'old'}:{os.environ['PATH']}", "http_proxy": "http://proxy:3128", "no_proxy": ""}
+    told = fresh("doctor", "--json", **more)
+    found = checks(json.loads(told.stdout))
+    assert told.returncode == 0 and stat.S_IMODE(fresh.home.stat().st_mode) == 0o755
+    assert [found[name]["state"] for name in ("state", "copies", "proxies")] == ["warn"] * 3
+    assert "0.0.1" in found["copies"]["message"] and "no_proxy" in found["proxies"]["cure"]
+    spared = fresh.json("doctor", http_proxy="http://proxy:3128", no_proxy="localhost,127.0.0.1")
+    assert checks(spared)["proxies"]["state"] == "ok"
+
+
+def test_doctor_tells_another_copy_of_the_file(fresh, tmp_path):
+    (tmp_path / "port_daddy.py").write_text(SOURCE + "# another\n")
+    fresh("start")
+    told = subprocess.run([sys.executable, str(tmp_path / "port_daddy.py"), "doctor", "--json"], env=fresh.environment,
+                          capture_output=True, text=True, timeout=20)
+    assert checks(json.loads(told.stdout))["version"]["state"] == "warn"
+
+
+AWKWARD = ["/opt/a b/py%th$n", "/home/it's \"q\"/back\\slash/$x/port_daddy.py", "serve"]
+
+
+@pytest.mark.skipif(not LINUX, reason="systemd is Linux's")
+def test_the_unit_starts_this_file_with_the_settings_of_now_and_no_secret(cli, tmp_path):
+    config = tmp_path / "config"
+    more = {"XDG_CONFIG_HOME": config, "PORT_DADDY_RANGE": "4000-5000", "PORT_DADDY_TOKEN": "hush-hush", "PATH": tmp_path}
+    path = config / "systemd" / "user" / "port-daddy.service"
+    shown = cli("daemon", "install", **more)
+    assert shown.returncode == 0 and not config.exists() and str(path) in shown.stderr
+    assert f'ExecStart="{sys.executable}" "{MODULE}" "serve"\n' in shown.stdout
+    assert 'Environment="PORT_DADDY_RANGE=4000-5000"\n' in shown.stdout and "hush" not in shown.stdout
+    done = cli("daemon", "install", "--yes", **{**more, "PATH": tmp_path / "nothing"})
+    assert done.returncode == 0 and path.read_text() == shown.stdout and "run it yourself: systemctl --user" in done.stderr
+    (tmp_path / "systemctl").write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/asked"\n')
+    (tmp_path / "systemctl").chmod(0o755)
+    assert "yourself" not in cli("daemon", "install", "--yes", **more).stderr
+    assert cli("daemon", "uninstall", **more).returncode == 0 and path.exists()
+    assert cli("daemon", "uninstall", "--yes", **more).returncode == 0 and not path.exists()
+    assert cli("daemon", "uninstall", "--yes", **more).returncode == 0
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        "--user daemon-reload", "--user enable --now port-daddy.service", "--user disable --now port-daddy.service"]
+
+
+def test_systemd_reads_the_unit_as_it_was_meant(tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not installed")
+    folder = tmp_path / "it's a \"%n\" $x"
+    folder.mkdir()
+    (tmp_path / "a b%n").mkdir()
+    program = tmp_path / "a b%n" / "python$3"  # systemd wants no quotes in the name of the program itself
+    program.symlink_to(sys.executable)
+    unit = tmp_path / "port-daddy-test.service"
+    words = [str(program), str(folder / "x.py"), "serve"]
+    unit.write_text(port_daddy.systemd_unit(words, {"PORT_DADDY_HOME": str(folder)}))
+    done = subprocess.run(["systemd-analyze", "--user", "verify", "--man=no", str(unit)], capture_output=True, text=True,
+                          env=environment(XDG_RUNTIME_DIR=tmp_path), timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_words_of_a_unit_are_quoted():
+    unit = port_daddy.systemd_unit(AWKWARD, {"PORT_DADDY_HOME": "/a$b %h\n"})
+    assert ('ExecStart="/opt/a b/py%%th$n" "/home/it\'s \\"q\\"/back\\\\slash/$$x/port_daddy.py" "serve"\n'
+            'Environment="PORT_DADDY_HOME=/a$b %%h\\x0a"\n') in unit
+
+
+def test_the_plist_says_the_same_to_launchd():
+    import plistlib
+    path, text, on, off = port_daddy.system_service("darwin", {"PORT_DADDY_PORT": "9", "PORT_DADDY_TOKEN": "hush"}, AWKWARD)
+    told = plistlib.loads(text.encode())
+    assert told["ProgramArguments"] == AWKWARD and told["EnvironmentVariables"] == {"PORT_DADDY_PORT": "9"}
+    assert told["RunAtLoad"] and told["KeepAlive"] == {"SuccessfulExit": False}
+    assert path.endswith("/Library/LaunchAgents/port-daddy.plist") and path in on and told["Label"] in off
 
 
 # =====================================================================================================================
