@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = []
+# ///
 # ======================================================================================================================
 # 1. TITLE PAGE — what this is, in one page
 # ======================================================================================================================
@@ -187,6 +191,7 @@ MAX_METADATA, MAX_PAYLOAD, MAX_BODY = 10 * 1024, 256 * 1024, 1024 * 1024
 KEEP_LINES = 1_000  # of what a service printed
 MAX_INTEGER = 2 ** 53 - 1  # what JavaScript can count exactly
 NAME = r"(?!\.{1,2}\Z)[A-Za-z0-9._:-]{1,100}"
+SPAN_TEXT = r"(?:[0-9]{1,12}(?:\.[0-9]{1,6})?(?:ms|s|m|h|d))+"
 STATUSES = ("assigned", "starting", "running", "unhealthy", "stopped", "crashed", "dead", "detached", "hijacked")
 EVENT_KINDS = (
     "service.claim", "service.release", "service.healthy", "service.unhealthy", "agent.register", "agent.unregister",
@@ -235,6 +240,19 @@ def expect(holds: object) -> None:
         raise ValueError
 
 
+def ecma(pattern: str) -> str:
+    """A whole-text pattern of ours as JSON Schema wants it (ECMA 262 with the u flag), where there is no \\Z, no inline
+    flag, no DOTALL, and no escape that is not needed."""
+    def each(found: re.Match[str]) -> str:
+        text = found.group()
+        if text.startswith("(?i:"):
+            return "(?:" + re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", text[4:])
+        return {r"\Z": "$", ".": r"[\s\S]"}.get(text) or text.replace('\\"', '"')
+
+    body = re.sub(r"\(\?i:[^()]*\)|\[(?:\\.|[^\]\\])*\]|\\.|\.", each, pattern)
+    return f"^(?:{body})$"
+
+
 class Kind:
     """A kind of value: `expected` says in words what `parse` (from JSON) and `read` (from text) accept."""
 
@@ -250,6 +268,10 @@ class Kind:
     def read(self, text: str) -> Any:
         return self.parse(text)
 
+    def schema(self) -> dict[str, Any]:
+        """Its JSON Schema (2020-12), which may take more than `parse` and never less."""
+        return {}
+
 
 class Text(Kind):
     """Text that matches a pattern, and for which `also` holds."""
@@ -263,6 +285,10 @@ class Text(Kind):
         # By the text of the pattern, which `re` compiles once, when it is needed: a short command needs one of thirty.
         expect(isinstance(value, str) and re.fullmatch(self.pattern, value, re.DOTALL) and self.also(value))
         return value
+
+    def schema(self) -> dict[str, Any]:
+        words = re.fullmatch(r"[a-z|]+", self.pattern)
+        return {"type": "string", **({"enum": self.pattern.split("|")} if words else {"pattern": ecma(self.pattern)})}
 
 
 class Integer(Kind):
@@ -278,6 +304,9 @@ class Integer(Kind):
         expect(re.fullmatch(r"-?[0-9]{1,18}", text))
         return self.parse(int(text))
 
+    def schema(self) -> dict[str, Any]:
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
+
 
 class Period(Integer):
     """A duration: milliseconds as an integer, or text with units such as "30s" and "2h30m"."""
@@ -288,12 +317,15 @@ class Period(Integer):
 
     def parse(self, value: Any) -> Any:
         if isinstance(value, str):
-            expect(re.fullmatch(r"(?:[0-9]{1,12}(?:\.[0-9]{1,6})?(?:ms|s|m|h|d))+", value))
+            expect(re.fullmatch(SPAN_TEXT, value))
             value = round(sum(float(number) * UNITS[unit] for number, unit in re.findall(r"([0-9.]+)([a-z]+)", value)))
         return super().parse(value)
 
     def read(self, text: str) -> Any:
         return super().read(text) if text.isdigit() else self.parse(text)
+
+    def schema(self) -> dict[str, Any]:
+        return {"anyOf": [super().schema(), {"type": "string", "pattern": ecma(SPAN_TEXT)}]}
 
 
 class Flag(Kind):
@@ -304,6 +336,9 @@ class Flag(Kind):
     def read(self, text: str) -> bool:
         expect(text in ("true", "1", "false", "0"))
         return text in ("true", "1")
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "boolean"}
 
 
 class Json(Kind):
@@ -325,6 +360,9 @@ class Json(Kind):
     def read(self, text: str) -> Any:
         return self.parse(read_json(text))
 
+    def schema(self) -> dict[str, Any]:
+        return {"type": "object"} if self.only is dict else {}
+
 
 class Several(Kind):
     """A list of a kind; in a query or a command line, separated by commas."""
@@ -340,6 +378,9 @@ class Several(Kind):
     def read(self, text: str) -> list[Any]:
         return self.parse([self.kind.read(item) for item in text.split(",")])
 
+    def schema(self) -> dict[str, Any]:
+        return {"type": "array", "items": self.kind.schema(), "minItems": 1, "maxItems": self.most}
+
 
 class Ports(Kind):
     """A range of ports, [low, high] or "low-high"."""
@@ -352,6 +393,9 @@ class Ports(Kind):
 
     def read(self, text: str) -> tuple[int, int]:
         return self.parse([PORT.read(part) for part in text.split("-")])
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "array", "items": PORT.schema(), "minItems": 2, "maxItems": 2}
 
 
 class Lines(Kind):
@@ -366,6 +410,12 @@ class Lines(Kind):
             at = None if line.get("at") is None else INSTANT.parse(line["at"])
             found.append((line.get("stream", "stdout"), line["text"], at))
         return found
+
+    def schema(self) -> dict[str, Any]:
+        line = {"stream": {"enum": ["stdout", "stderr"]}, "text": {"type": "string", "maxLength": 64 * 1024},
+                "at": {"anyOf": [INSTANT.schema(), {"type": "null"}]}}
+        return {"type": "array", "minItems": 1, "maxItems": KEEP_LINES, "items": {
+            "type": "object", "properties": line, "required": ["text"], "additionalProperties": False}}
 
 
 def glob_of(kind: Text) -> Text:
@@ -6618,6 +6668,169 @@ def mcp_config(program: str, words: Sequence[str], environ: Mapping[str, str]) -
 
 
 
+def describe(one: Operation, method: str, path: str) -> Reply:
+    """One route of an operation, as an Operation Object of OpenAPI."""
+    in_path, in_query, in_body = [], [], {}
+    for wire, field in one.fields.items():
+        schema = {**field.kind.schema(), "description": field.kind.expected}
+        if re.search(rf"\{{{wire}[.}}]", path):
+            in_path.append({"name": wire, "in": "path", "required": True, "schema": schema})
+        elif method in ("GET", "DELETE"):  # a list is one text, with commas between
+            in_query.append({"name": wire, "in": "query", "required": field.required, "schema": schema,
+                             **({"style": "form", "explode": False} if schema.get("type") == "array" else {})})
+        else:
+            in_body[wire] = schema if field.default is None else {**schema, "default": field.default}
+    streams = one.function.__annotations__["return"] == "Stream"
+    shape = {"text/event-stream": {"schema": {"type": "string"}}} if streams else {
+        "application/json": {"schema": {"type": "object"}}}
+    first = (method, path) == one.routes[0]
+    told: Reply = {
+        "operationId": one.name if first else "_".join((one.name, method.lower(), *re.findall(r"\w+", path))),
+        "summary": one.summary, "parameters": in_path + in_query,
+        "responses": {"200": {"description": "done", "content": shape},
+                      "default": {"$ref": "#/components/responses/Problem"}}}
+    if in_body:
+        needed = [wire for wire in in_body if one.fields[wire].required]
+        body = {"type": "object", "properties": in_body, "additionalProperties": False,
+                **({"required": needed} if needed else {})}
+        told["requestBody"] = {"required": bool(needed), "content": {"application/json": {"schema": body}}}
+    return told
+
+
+def openapi(port: int) -> Reply:
+    """The operations as an OpenAPI 3.1 document (https://spec.openapis.org/oas/v3.1.1.html)."""
+    paths: dict[str, Reply] = {}
+    for one in OPERATIONS:
+        for method, path in one.routes:
+            paths.setdefault(path.replace("...}", "}"), {})[method.lower()] = describe(one, method, path)
+    problem = {"type": "object", "required": ["success", "code", "error"], "properties": {
+        "success": {"const": False}, "error": {"type": "string"},
+        "code": {"enum": [code for code, (status, _, _) in PROBLEMS.items() if status]}}}
+    return {"openapi": "3.1.0", "info": {"title": "Port Daddy", "version": __version__},
+            "servers": [{"url": f"http://127.0.0.1:{port}"}], "paths": paths,
+            "components": {"schemas": {"Problem": problem}, "responses": {"Problem": {
+                "description": "It failed, and changed nothing; `code` says how, `error` what to do.",
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}}}}
+
+
+@page("/openapi.json")
+def openapi_page(daemon: Daemon, accept: str) -> Page:
+    return Page("application/json", to_json(openapi(daemon.port)).encode())
+
+
+@page("/llms.txt")
+def llms_page(daemon: Daemon, accept: str) -> Page:
+    """What an agent has to know to use the daemon with curl alone."""
+    url = f"http://127.0.0.1:{daemon.port}"
+    lines = [f"# Port Daddy {__version__}", "",
+             "> The one daemon that coding agents, terminals and dev servers here ask for ports, locks, tasks.", "",
+             "GET and DELETE take fields from the query, POST and PUT from a JSON body. A failure has `code` and `error`.",
+             f"Durations are milliseconds or text such as 30s. The fields of every request: {url}/openapi.json", "",
+             f"- a port: curl -d '{{\"id\": \"myapp:api\"}}' {url}/claim",
+             f"- a lock: curl -d '{{\"owner\": \"agent-1\", \"wait\": \"60s\"}}' {url}/locks/migration",
+             f"- done:   curl -X DELETE '{url}/locks/migration?owner=agent-1'",
+             f"- a task: curl -d '{{\"payload\": 1}}' {url}/msg/tasks",
+             f"- next:   curl '{url}/msg/tasks/poll?timeout=30s'",
+             "", "## Requests", ""]
+    lines += [f"- {method} {path}: {one.summary}" for one in OPERATIONS for method, path in one.routes]
+    return Page("text/plain; charset=utf-8", ("\n".join(lines) + "\n").encode())
+
+
+@page("/metrics")
+def metrics_page(daemon: Daemon, accept: str) -> Optional[Page]:
+    """The numbers of `metrics` for Prometheus (its text format 0.0.4), when it is what asks."""
+    if "text/plain" not in accept and "openmetrics" not in accept:
+        return None
+    lines = []
+    for wire, value in metrics(daemon, Asker()).items():
+        name = re.sub("[A-Z]", lambda found: f"_{found[0].lower()}", wire)
+        if wire == "uptime":
+            name, value = "uptime_seconds", value / 1000
+        lines += [f"# HELP port_daddy_{name} {name.replace('_', ' ').capitalize()} of this daemon.",
+                  f"# TYPE port_daddy_{name} gauge", f"port_daddy_{name} {value}"]
+    return Page("text/plain; version=0.0.4; charset=utf-8", ("\n".join(lines) + "\n").encode())
+
+
+SKILL = """---
+name: port-daddy
+description: Share one machine with other agents. Use before starting a dev server (a port that nobody else has), before a
+  migration, deploy, release or any edit that must not run twice at once (a lock), to hand out or take tasks (a queue), or
+  to see which agents, ports and services there are. Triggers - port in use, EADDRINUSE, lock, mutex, queue, coordinate.
+---
+
+# Port Daddy
+
+`pd` is `python3 port_daddy.py`. It starts its daemon when needed. Add `--json` for the whole reply, `-q` for the one value.
+Status: 0 done, 1 failed, 2 usage, 3 not found, 4 somebody else has it, 5 timed out, 6 no daemon. Never kill what you did
+not start: at 4, the message says who is in the way.
+
+## A port that is yours, the same one every day
+
+```sh
+pd claim myapp:api -q
+pd url myapp:api
+pd find 'myapp:*'
+pd release myapp:api
+```
+
+## One at a time
+
+```sh
+pd with-lock db-migration --wait 60s -- echo migrating
+pd check db-migration
+```
+
+## Tasks: published once, worked on by one, given again when it fails
+
+```sh
+pd pub tasks '{"action": "build"}'
+pd work tasks --idle 1ms -- cat
+```
+
+## Be seen by the others
+
+```sh
+pd agent register agent-1
+pd agents
+pd activity --limit 5
+pd agent unregister agent-1
+```
+
+Everything else: `pd help`, and `pd COMMAND --help`.
+"""
+
+COMPLETION = {"bash": r"""_port_daddy() {
+    local line="${COMP_LINE:0:COMP_POINT}" words word one colon=""
+    read -ra words <<< "$line"
+    [[ $line == *[[:space:]] ]] && words+=("")
+    word="${words[${#words[@]}-1]}"
+    [[ $COMP_WORDBREAKS == *:* ]] && colon="${word%"${word##*:}"}"  # bash takes what follows a colon for a word
+    COMPREPLY=()
+    while IFS= read -r one; do
+        COMPREPLY+=("${one#"$colon"}")
+    done < <(PROGRAM complete -- "${words[@]:1}" 2>/dev/null)
+}
+complete -o default -F _port_daddy pd port_daddy.py
+""", "zsh": r"""#compdef pd port_daddy.py
+_port_daddy() {
+    local -a found
+    found=(${(f)"$(PROGRAM complete -- "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+    compadd -a found
+}
+compdef _port_daddy pd port_daddy.py
+""", "fish": r"""function __port_daddy
+    set -l words (commandline -opc) (commandline -ct)
+    PROGRAM complete -- $words[2..-1] 2>/dev/null
+end
+complete -c pd -c port_daddy.py -a '(__port_daddy)'
+"""}
+
+LIVE = (("release url wait logs restart", "list_services", "services", "id"),  # whose names a command may be given
+        ("pub poll sub work watch ack nack touch groups dead redrive clear", "list_channels", "channels", "channel"),
+        ("lock unlock extend check with-lock", "list_locks", "locks", "name"), ("agent", "list_agents", "agents", "id"),
+        ("webhook", "list_webhooks", "webhooks", "id"))
+
+
 # ======================================================================================================================
 # 15. TOOLS — looking at a folder, and what else helps from outside
 # ======================================================================================================================
@@ -8037,6 +8250,64 @@ def run_one(options: argparse.Namespace) -> int:
     return supervise(project, new_client(options, pid=os.getpid()), plain=True)
 
 
+@command("skill", "pd skill > .claude/skills/port-daddy/SKILL.md")
+def show_skill(options: argparse.Namespace) -> None:
+    """What a coding agent has to know, as an agent skill."""
+    write_text(1, SKILL)
+
+
+@command("vendor", "pd vendor tools", argument("folder", help="where to"),
+         argument("--force", action="store_true", help="replace another version"))
+def vendor(options: argparse.Namespace) -> None:
+    """Copy this file into a folder, such as one of a repository."""
+    here, there = os.path.abspath(__file__), os.path.join(options.folder, "port_daddy.py")
+    digest = file_hash(here)
+    if os.path.exists(there) and file_hash(there) != digest and not options.force:
+        raise PortDaddyError("ALREADY_RUNNING", f"{there} is there and differs; replace it with --force")
+    with open(here, encoding="utf-8", newline="") as file:
+        text = file.read()
+    if not os.path.exists(there) or file_hash(there) != digest:
+        write_file(there, text, 0o755)
+    show({"path": there, "version": __version__, "sha256": digest}, options, "", "path")
+
+
+@command("completion", 'eval "$(pd completion bash)"', argument("shell", choices=sorted(COMPLETION), help="which shell"))
+def show_completion(options: argparse.Namespace) -> None:
+    """A script that completes commands, flags and live names in a shell."""
+    import shlex
+    program = " ".join(map(shlex.quote, (sys.executable, os.path.abspath(__file__))))
+    write_text(1, COMPLETION[options.shell].replace("PROGRAM", program))
+
+
+@command("complete", "pd complete -- claim --", argument("typed", nargs="*", help="the words so far"))
+def complete(options: argparse.Namespace) -> None:
+    """What the scripts of `completion` ask at every press of the key."""
+    *before, last = options.typed or [""]
+    for word in sorted(candidates(before, last.startswith("-"))):
+        if word.startswith(last):
+            out(word)
+
+
+def candidates(before: list[str], flags: bool) -> set[str]:
+    """What may stand after these words; the daemon is asked for names when one runs, and never started."""
+    import argparse
+    known = {words: one for words, one in commands().items() if words not in ("guard", "complete")}
+    if not before:
+        return {words.split()[0] for words in known}
+    found = {words.split()[1] for words in known if words.split()[0] == before[0] and " " in words and len(before) == 1}
+    chosen = known.get(" ".join(before[:2])) or known.get(before[0])
+    if flags and chosen:
+        parser = argparse.ArgumentParser()
+        for add in (*chosen.arguments, argument("--json"), argument("--quiet"), argument("--home")):
+            add(parser)
+        return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+    for heads, name, rows, column in LIVE:
+        if chosen and before[0] in heads.split():
+            with contextlib.suppress(PortDaddyError):
+                found |= {row[column] for row in PortDaddy(pid=0, timeout=500).ask(name, {})[rows]}
+    return found
+
+
 @command("guard", "pd guard")
 def guard_groups(options: argparse.Namespace) -> int:
     """What `dev` starts beside itself: it stops the services when `dev` is killed."""
@@ -8310,8 +8581,9 @@ FAMILIES = (("projects", "dev down restart logs run scan"),
             ("channels", "pub sub poll ack nack touch work watch channels groups dead redrive clear"),
             ("locks", "with-lock lock unlock extend check locks"),
             ("agents", "agent agents"), ("webhooks", "webhook"),
-            ("coding agents", "mcp"),
-            ("the daemon", "start stop status serve daemon doctor activity version bench"))
+            ("coding agents", "mcp skill"),
+            ("the daemon", "start stop status serve daemon doctor activity version bench"),
+            ("this file", "vendor completion"))
 
 
 def overview(known: Mapping[str, Command], only: str = "") -> str:

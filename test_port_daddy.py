@@ -6920,6 +6920,153 @@ def test_the_official_sdk_of_mcp_speaks_with_us_in_both_eras(server):
 
 
 # =====================================================================================================================
+# 14. DESCRIPTIONS - what is derived from the table of operations
+# =====================================================================================================================
+
+
+def test_the_openapi_document_describes_every_route_once(wire):
+    told = wire.get("/openapi.json").body
+    assert told["openapi"] == "3.1.0" and "success" not in told
+    known = {(method, path.replace("...", "")): one for one in port_daddy.OPERATIONS for method, path in one.routes}
+    described = {(method.upper(), path): one for path, found in told["paths"].items() for method, one in found.items()}
+    assert known.keys() == described.keys()
+    assert len({one["operationId"] for one in described.values()}) == len(known)
+    for (method, path), one in described.items():
+        fields = known[method, path].fields
+        body = one.get("requestBody", {"content": {"application/json": {"schema": {"properties": {}}}}})
+        in_body = body["content"]["application/json"]["schema"]["properties"]
+        named = [each["name"] for each in one["parameters"]] + list(in_body)
+        assert sorted(named) == sorted(fields), (method, path)
+        in_path = {each["name"] for each in one["parameters"] if each["in"] == "path"}
+        assert in_path == set(re.findall(r"{(\w+)}", path)) and one["summary"] == known[method, path].summary
+        assert not (in_body and method in ("GET", "DELETE"))
+    streams = {path for (_, path), one in described.items() if "text/event-stream" in one["responses"]["200"]["content"]}
+    assert "/events" in streams and "/locks" not in streams
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no node: nothing here reads ECMA 262")
+def test_the_patterns_mean_the_same_in_javascript():
+    texts = ["", ".", "..", "a", "health", "a:b:c", "a:b:c:d", "a:..", "a/b", "a//b", "a b", "*", "a*", "../x", "a\n",
+             "x\ny",
+             "auto", "whsec_a", "whsec_QUJD", "secret-of-mine", "HTTP://Host:80/a?b",
+             "https://u:p@h", "http://h/\"", "wss://[::1]/", "running", "1-2", "z" * 65, "z" * 101, "\U0001f600" * 100,
+             "30s", "1.5h", "é"]
+    kinds = {id(found): found for one in port_daddy.OPERATIONS for field in one.fields.values()
+             for found in [field.kind] if isinstance(found, port_daddy.Text) and "pattern" in found.schema()}.values()
+    patterns = [kind.schema()["pattern"] for kind in kinds]
+    code = ("const [p, t] = JSON.parse(require('fs').readFileSync(0));"
+            "console.log(JSON.stringify(p.map(one => t.map(text => new RegExp(one, 'u').test(text)))))")
+    done = subprocess.run(["node", "-e", code], input=json.dumps([patterns, texts]), capture_output=True, text=True,
+                          timeout=40)
+    assert done.returncode == 0, done.stderr
+    for kind, found in zip(kinds, json.loads(done.stdout)):
+        assert found == [bool(re.fullmatch(kind.pattern, text, re.DOTALL)) for text in texts], kind.pattern
+    assert len(patterns) > 10
+
+
+def page_text(port, path, accept="*/*"):
+    """The media type and the text of a page."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers={"Accept": accept})
+        reply = connection.getresponse()
+        return reply.getheader("Content-Type"), reply.read().decode()
+
+
+def test_agents_find_every_request_in_llms_txt(server):
+    media, text = page_text(server.port, "/llms.txt")
+    assert media == "text/plain; charset=utf-8"
+    assert all(f"- {method} {path}: " in text for one in port_daddy.OPERATIONS for method, path in one.routes)
+
+
+def test_prometheus_reads_the_metrics(server, wire, pd):
+    pd.claim("a")
+    media, text = page_text(server.port, "/metrics", "text/plain;version=0.0.4")
+    assert media == "text/plain; version=0.0.4; charset=utf-8" and "\nport_daddy_services 1\n" in text
+    assert re.fullmatch(r"(?:# HELP (\w+) [^\n]+\n# TYPE \1 gauge\n\1 [0-9.]+\n)+", text)
+    assert wire.get("/metrics").body["services"] == 1
+    if shutil.which("promtool"):
+        done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=40)
+        assert done.returncode == 0, done
+
+
+def test_what_the_skill_shows_works(cli):
+    text = cli("skill").stdout
+    name, description = re.match(r"---\nname: (\S+)\ndescription: ((?:.+\n)+?)---\n", text).groups()
+    assert re.fullmatch(r"[a-z0-9-]{1,64}", name) and len(description) <= 1024 and text.count("\n") < 500
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    script = f"set -e\npd() {{ '{sys.executable}' '{MODULE}' \"$@\"; }}\n" + "".join(blocks)
+    done = subprocess.run(["sh", "-c", script], env=cli.environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "migrating" in done.stdout and '"action"' in done.stdout, done
+
+
+@pytest.mark.parametrize("typed_so_far, expected", [
+    (["with-"], {"with-lock"}), (["agent", "un"], {"unregister"}), (["claim", "--mo"], {"--move"}),
+    (["release", "myapp:a"], {"myapp:api"}), (["pub", ""], {"tasks"}), (["unlock", "de"], {"deploy"}),
+    (["agent", "show", ""], {"agent-1"})], ids=" ".join)
+def test_completion_knows_commands_flags_and_live_names(typed, pd, typed_so_far, expected):
+    pd.claim("myapp:api")
+    pd.publish("tasks", 1)
+    pd.lock("deploy", owner="a")
+    pd.register("agent-1")
+    assert set(typed("complete", "--", *typed_so_far)[1].split()) == expected
+
+
+def test_completion_is_silent_without_a_daemon_and_starts_none(fresh):
+    done = fresh("complete", "--", "release", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not (fresh.home / "daemon.json").exists()
+
+
+COMPLETES = {  # what a shell is told to show for `pd release myapp:a`
+    "bash": 'COMP_LINE="pd release myapp:a"; COMP_POINT=${#COMP_LINE}; _port_daddy; echo "${COMPREPLY[@]}"',
+    "zsh": 'compadd() { print -l -- $found; }; words=(pd release myapp:a); CURRENT=3; _port_daddy',
+    "fish": 'complete -C "pd release myapp:a"'}
+
+
+@pytest.mark.parametrize("shell, shown", [("bash", "api"), ("zsh", "myapp:api"), ("fish", "myapp:api")])
+def test_a_shell_completes_the_name_of_a_live_service(cli, pd, shell, shown):
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    pd.claim("myapp:api")
+    script = "compdef() { :; }\n" if shell == "zsh" else ""
+    done = subprocess.run([shell, "-c", script + cli("completion", shell).stdout + COMPLETES[shell]],
+                          env=cli.environment, capture_output=True, text=True, timeout=40)
+    assert done.stdout.split() == [shown], done
+
+
+def test_the_file_is_vendored_and_another_version_is_not_overwritten(cli, tmp_path):
+    assert cli.json("vendor", tmp_path)["sha256"] == hashlib.sha256(MODULE.read_bytes()).hexdigest()
+    copy = tmp_path / "port_daddy.py"
+    assert copy.read_bytes() == MODULE.read_bytes() and os.access(copy, os.X_OK)
+    copy.write_text("mine")
+    assert cli("vendor", tmp_path).returncode == 4 and copy.read_text() == "mine"
+    assert cli("vendor", tmp_path, "--force").returncode == 0 and copy.read_bytes() == MODULE.read_bytes()
+
+
+def test_an_operation_is_one_function_and_appears_on_every_face(tmp_path):
+    added = ('@operation("POST /echo/{word}", command="echo")\n'
+             'def echo(daemon: Daemon, asker: Asker, word: Word, loud: Bool = False) -> Reply:\n'
+             '    """Say it again."""\n    return ok(word=word.upper() if loud else word)\n\n\n')
+    place = SOURCE.index("# " + "=" * 118 + "\n# 10. WORKERS")
+    (tmp_path / "port_daddy.py").write_text(SOURCE[:place] + added + SOURCE[place:], encoding="utf-8")
+    home = environment(PORT_DADDY_HOME=tmp_path / "home", PORT_DADDY_PORT=0)
+
+    def run(*words):
+        return subprocess.run([sys.executable, str(tmp_path / "port_daddy.py"), *words], env=home, capture_output=True,
+                              text=True, timeout=40).stdout
+    try:
+        assert json.loads(run("echo", "hello", "--loud", "--json")) == {"success": True, "word": "HELLO"}
+        wire = Wire(int(json.loads((tmp_path / "home" / "daemon.json").read_text())["url"].rpartition(":")[2]))
+        assert wire.post("/echo/again").body["word"] == "again"
+        assert wire.get("/openapi.json").body["paths"]["/echo/{word}"]["post"]["summary"] == "Say it again."
+        assert run("complete", "--", "ech").split() == ["echo"]
+        assert run("complete", "--", "echo", "--l").split() == ["--loud"]
+    finally:
+        run("stop")
+
+
+# =====================================================================================================================
 # 15. TOOLS — what a folder tells about itself
 # =====================================================================================================================
 
