@@ -6947,9 +6947,8 @@ def test_the_openapi_document_describes_every_route_once(wire):
 @pytest.mark.skipif(not shutil.which("node"), reason="no node: nothing here reads ECMA 262")
 def test_the_patterns_mean_the_same_in_javascript():
     texts = ["", ".", "..", "a", "health", "a:b:c", "a:b:c:d", "a:..", "a/b", "a//b", "a b", "*", "a*", "../x", "a\n",
-             "x\ny",
-             "auto", "whsec_a", "whsec_QUJD", "secret-of-mine", "HTTP://Host:80/a?b",
-             "https://u:p@h", "http://h/\"", "wss://[::1]/", "running", "1-2", "z" * 65, "z" * 101, "\U0001f600" * 100,
+             "x\ny", "auto", "whsec_a", "whsec_QUJD", "secret-of-mine", "HTTP://Host:80/a?b", "https://u:p@h",
+             "http://h/\"", "wss://[::1]/", "running", "1-2", "z" * 65, "z" * 101, "\U0001f600" * 100,
              "30s", "1.5h", "é"]
     kinds = {id(found): found for one in port_daddy.OPERATIONS for field in one.fields.values()
              for found in [field.kind] if isinstance(found, port_daddy.Text) and "pattern" in found.schema()}.values()
