@@ -6675,9 +6675,8 @@ def describe(one: Operation, method: str, path: str) -> Reply:
         schema = {**field.kind.schema(), "description": field.kind.expected}
         if re.search(rf"\{{{wire}[.}}]", path):
             in_path.append({"name": wire, "in": "path", "required": True, "schema": schema})
-        elif method in ("GET", "DELETE"):  # a list is one text, with commas between
-            in_query.append({"name": wire, "in": "query", "required": field.required, "schema": schema,
-                             **({"style": "form", "explode": False} if schema.get("type") == "array" else {})})
+        elif method in ("GET", "DELETE"):
+            in_query.append({"name": wire, "in": "query", "required": field.required, "schema": schema})
         else:
             in_body[wire] = schema if field.default is None else {**schema, "default": field.default}
     streams = one.function.__annotations__["return"] == "Stream"
