@@ -2674,13 +2674,18 @@ class Field(NamedTuple):
         except PortDaddyError as problem:  # too large, or not JSON
             raise PortDaddyError(problem.code, f"{self.wire}: {problem}", field=self.wire) from None
 
+    def schema(self) -> Reply:
+        """What JSON Schema can say of it, and the rest in words."""
+        return {**self.kind.schema(), "description": self.kind.expected}
+
 
 class Operation:
     """One thing that can be asked, and the words that every face uses for it."""
 
     def __init__(self, function: Callable[..., Any], routes: Sequence[str], command: str, aliases: str, shows: str,
-                 quiet: str, example: str) -> None:
+                 quiet: str, example: str, errors: str) -> None:
         self.function, self.name, self.shows, self.quiet = function, function.__name__, shows, quiet
+        self.errors = errors.split()
         self.example = example or f"pd {command.partition(' [')[0]}"
         self.routes = [tuple(route.split(" ")) for route in routes]
         self.command, self.aliases = command.partition(" [")[0], aliases.split()
@@ -2757,11 +2762,12 @@ OPERATIONS: list[Operation] = []
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def operation(*routes: str, command: str = "", aliases: str = "", shows: str = "", quiet: str = "",
-              example: str = "") -> Callable[[F], F]:
-    """Declare an operation. `shows` names what a terminal shows of a listing, `quiet` the one value that -q prints."""
+def operation(*routes: str, command: str = "", aliases: str = "", shows: str = "", quiet: str = "", example: str = "",
+              errors: str = "") -> Callable[[F], F]:
+    """Declare an operation. `shows` names what a terminal shows of a listing, `quiet` the one value that -q prints,
+    `errors` the codes that are its own: every one may answer that a field, or the request as a whole, is not right."""
     def declare(function: F) -> F:
-        OPERATIONS.append(Operation(function, routes, command, aliases, shows, quiet, example))
+        OPERATIONS.append(Operation(function, routes, command, aliases, shows, quiet, example, errors))
         return function
     return declare
 
@@ -2896,7 +2902,8 @@ def choose_port(daemon: Daemon, tx: Transaction, identity: str, wanted: Optional
                          "(PORT_DADDY_RANGE)", range=[low, high])
 
 
-@operation("POST /claim", command="claim", quiet="port", example="PORT=$(pd claim myapp:api:main -q)")
+@operation("POST /claim", command="claim", quiet="port", example="PORT=$(pd claim myapp:api:main -q)",
+           errors="PORT_TAKEN PORT_HIJACKED NO_PORTS LIMIT TARGET_REFUSED")
 def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = None, exact: Bool = False,
           range: Optional[PortRange] = None, agent: Optional[AgentId] = None, pid: Optional[Pid] = None,
           cmd: Optional[Line] = None, cwd: Optional[Line] = None, expires: Optional[Lifetime] = None,
@@ -3015,7 +3022,7 @@ def list_health(daemon: Daemon, asker: Asker) -> Reply:
     return listing("services", [health_view(row) for row in daemon.store.rows("SELECT * FROM SERVICES ORDER BY id")])
 
 
-@operation("GET /services/health/{id}")
+@operation("GET /services/health/{id}", errors="NOT_FOUND")
 def service_health(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
     """Whether a service is well: the last check, or a new one when that is older than five seconds."""
     row = need_service(daemon.store, id)
@@ -3026,14 +3033,14 @@ def service_health(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
     return ok(**health_view(row))
 
 
-@operation("GET /services/{id}")
+@operation("GET /services/{id}", errors="NOT_FOUND")
 def get_service(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
     """Everything about one service."""
     service = service_view(need_service(daemon.store, id), daemon.now())
     return ok(**service, service=service)
 
 
-@operation("PUT /services/{id}")
+@operation("PUT /services/{id}", errors="NOT_FOUND TARGET_REFUSED")
 def update_service(daemon: Daemon, asker: Asker, id: Identity, status: Optional[Status] = None,
                    pid: Optional[Pid] = None, health: Optional[HttpUrl] = None, latency: Optional[Latency] = None,
                    error: Optional[Line] = None, checked_by: Optional[AgentId] = None,
@@ -3054,7 +3061,7 @@ def update_service(daemon: Daemon, asker: Asker, id: Identity, status: Optional[
 
 
 @operation("PUT /services/{id}/endpoints/{env}", command="endpoint set", quiet="url",
-           example="pd endpoint set myapp:api:main staging https://api.example.com")
+           example="pd endpoint set myapp:api:main staging https://api.example.com", errors="NOT_FOUND TOO_LARGE")
 def set_endpoint(daemon: Daemon, asker: Asker, id: Identity, env: EndpointName, url: EndpointUrl) -> Reply:
     """Say at which URL a service is found in an environment, such as local or staging."""
     with daemon.write() as tx:
@@ -3066,7 +3073,7 @@ def set_endpoint(daemon: Daemon, asker: Asker, id: Identity, env: EndpointName, 
 
 
 @operation("DELETE /services/{id}/endpoints/{env}", command="endpoint rm", quiet="removed",
-           example="pd endpoint rm myapp:api:main staging")
+           example="pd endpoint rm myapp:api:main staging", errors="NOT_FOUND")
 def remove_endpoint(daemon: Daemon, asker: Asker, id: Identity, env: EndpointName) -> Reply:
     """Forget the URL of a service in an environment."""
     with daemon.write() as tx:
@@ -3085,7 +3092,8 @@ def missing_services(daemon: Daemon, identities: Sequence[str]) -> list[str]:
     return [identity for identity in identities if identity not in well]
 
 
-@operation("POST /wait", command="wait", quiet="healthy", example="pd wait myapp:db:main myapp:api:main --timeout 30s")
+@operation("POST /wait", command="wait", quiet="healthy", example="pd wait myapp:db:main myapp:api:main --timeout 30s",
+           errors="TIMED_OUT")
 def wait_for_services(daemon: Daemon, asker: Asker, services: IdentityList, timeout: WaitTime = 60_000) -> Reply:
     """Wait until services run and, where they have a health check, have passed it."""
     topics = [f"service:{identity}" for identity in dict.fromkeys(services)]
@@ -3100,7 +3108,7 @@ def wait_for_services(daemon: Daemon, asker: Asker, services: IdentityList, time
               message=f"{', '.join(services)}: up")
 
 
-@operation("GET /wait/{id}")
+@operation("GET /wait/{id}", errors="TIMED_OUT")
 def wait_for_service(daemon: Daemon, asker: Asker, id: Identity, timeout: WaitTime = 60_000) -> Reply:
     """Wait until one service runs and, where it has a health check, has passed it."""
     return wait_for_services(daemon, asker, [id], timeout)
@@ -3118,7 +3126,7 @@ def add_logs(daemon: Daemon, asker: Asker, id: Identity, lines: LogLines) -> Rep
     return ok(added=len(lines))
 
 
-@operation("GET /services/{id}/logs")
+@operation("GET /services/{id}/logs", errors="NOT_FOUND")
 def get_logs(daemon: Daemon, asker: Asker, id: Identity, tail: Tail = 100, after: Cursor = 0,
              follow: Bool = False) -> Union[Reply, Stream]:
     """Read the last lines that a service printed or, with follow, go on as Server-Sent Events."""
@@ -3184,7 +3192,8 @@ def loss(daemon: Daemon, pattern: str, after: int) -> Reply:
     return {"gap": {"from": after, "to": dropped}} if dropped > after else {}
 
 
-@operation("POST /msg/{channel}", command="pub", quiet="id", example="pd pub tasks '{\"action\": \"build\"}'")
+@operation("POST /msg/{channel}", command="pub", quiet="id", example="pd pub tasks '{\"action\": \"build\"}'",
+           errors="CHANNEL_FULL KEY_REUSED")
 def publish(daemon: Daemon, asker: Asker, channel: ChannelName, payload: Payload, sender: Optional[AgentId] = None,
             expires: Optional[Lifetime] = None) -> Reply:
     """Publish a message: to one worker of each group, to everybody who follows, and to the log of the channel."""
@@ -3340,7 +3349,8 @@ def need_task(tx: Transaction, channel: str, team: str, receipt: str) -> Any:
     return row
 
 
-@operation("POST /msg/{channel}/ack", command="ack", quiet="id", example="pd ack tasks 42-57")
+@operation("POST /msg/{channel}/ack", command="ack", quiet="id", example="pd ack tasks 42-57",
+           errors="STALE_RECEIPT KEY_REUSED")
 def ack(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, group: GroupName = "default") -> Reply:
     """Say that a leased message is done: the group will not get it again."""
     with daemon.write() as tx:
@@ -3350,7 +3360,7 @@ def ack(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, gr
 
 
 @operation("POST /msg/{channel}/nack", command="nack", quiet="dead",
-           example="pd nack tasks 42-57 --error 'no compiler' --delay 10s")
+           example="pd nack tasks 42-57 --error 'no compiler' --delay 10s", errors="STALE_RECEIPT KEY_REUSED")
 def nack(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, group: GroupName = "default",
          delay: Delay = 0, error: Optional[Line] = None) -> Reply:
     """Give a leased message back: the group gets it again after the delay or, after its last attempt, it is dead."""
@@ -3361,7 +3371,8 @@ def nack(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, g
             f"{row['message']} is {'dead' if dead else 'given back'} after attempt {row['attempts']} of {row['most']}")))
 
 
-@operation("POST /msg/{channel}/touch", command="touch", quiet="leaseExpiresAt", example="pd touch tasks 42-57")
+@operation("POST /msg/{channel}/touch", command="touch", quiet="leaseExpiresAt", example="pd touch tasks 42-57",
+           errors="STALE_RECEIPT KEY_REUSED")
 def touch(daemon: Daemon, asker: Asker, channel: ChannelName, receipt: Receipt, group: GroupName = "default",
           lease: Optional[Duration] = None) -> Reply:
     """Go on working on a leased message: its lease begins anew."""
@@ -3408,7 +3419,8 @@ def list_dead(daemon: Daemon, asker: Asker, channel: ChannelName, group: Optiona
                                  "error": row["error"], "diedAt": row["died"]} for row in rows])
 
 
-@operation("POST /msg/{channel}/redrive", command="redrive", quiet="redriven", example="pd redrive tasks --id 42")
+@operation("POST /msg/{channel}/redrive", command="redrive", quiet="redriven", example="pd redrive tasks --id 42",
+           errors="KEY_REUSED")
 def redrive(daemon: Daemon, asker: Asker, channel: ChannelName, group: Optional[GroupName] = None,
             id: Optional[Cursor] = None) -> Reply:
     """Let dead letters be worked on again, all or one, with all their attempts before them."""
@@ -3469,7 +3481,8 @@ def lock_held(daemon: Daemon, name: str, waited: int) -> PortDaddyError:
 
 
 @operation("POST /locks/{name...}", command="lock", quiet="token",
-           example="TOKEN=$(pd lock db-migration --owner me --ttl 2m -q)")
+           example="TOKEN=$(pd lock db-migration --owner me --ttl 2m -q)",
+           errors="LOCK_HELD LIMIT_MISMATCH LIMIT KEY_REUSED")
 def lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] = None, ttl: Duration = 300_000,
          wait: LockWait = 0, pid: Optional[Pid] = None, limit: Seats = 1, lock_delay: Delay = 0,
          metadata: Optional[Metadata] = None) -> Reply:
@@ -3522,7 +3535,7 @@ def own_lock(tx: Transaction, asker: Asker, name: str, owner: Optional[str], tok
 
 
 @operation("PUT /locks/{name...}", command="extend", quiet="expiresAt",
-           example="pd extend db-migration --token $TOKEN --ttl 2m")
+           example="pd extend db-migration --token $TOKEN --ttl 2m", errors="LOCK_LOST NOT_OWNER")
 def extend_lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] = None,
                 token: Optional[Fence] = None, ttl: Duration = 300_000) -> Reply:
     """Give the holder more time from now on, or fail with LOCK_LOST when the lock has moved on."""
@@ -3537,7 +3550,7 @@ def extend_lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[Ag
 
 
 @operation("DELETE /locks/{name...}", command="unlock", quiet="released",
-           example="pd unlock db-migration --token $TOKEN")
+           example="pd unlock db-migration --token $TOKEN", errors="LOCK_LOST NOT_OWNER")
 def unlock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] = None,
            token: Optional[Fence] = None, force: Bool = False) -> Reply:
     """Release a lock to the first of those who wait for it; by force, whoever holds it."""
@@ -3632,7 +3645,8 @@ def unregister(daemon: Daemon, asker: Asker, id: AgentId) -> Reply:
     return ok(agentId=id, unregistered=gone, message=f"{id} is {'unregistered' if gone else 'not registered'}")
 
 
-@operation("GET /agents/{id}", command="agent show", quiet="agent.isActive", example="pd agent show builder-1")
+@operation("GET /agents/{id}", command="agent show", quiet="agent.isActive", example="pd agent show builder-1",
+           errors="NOT_FOUND")
 def get_agent(daemon: Daemon, asker: Asker, id: AgentId) -> Reply:
     """One agent, with the services and locks it holds."""
     row = need(daemon.store, "AGENTS", id, "there is no agent {}; register it, or see `pd agents`")
@@ -3672,7 +3686,8 @@ def mint(secret: Optional[str]) -> Reply:
 
 
 @operation("POST /webhooks", command="webhook add", quiet="id",
-           example="pd webhook add http://localhost:8080/hook --events service.claim,lock.* --secret auto")
+           example="pd webhook add http://localhost:8080/hook --events service.claim,lock.* --secret auto",
+           errors="TARGET_REFUSED LIMIT KEY_REUSED")
 def add_webhook(daemon: Daemon, asker: Asker, url: HttpUrl, events: Optional[EventList] = None,
                 secret: Optional[Secret] = None, filter_pattern: Optional[Pattern] = None,
                 metadata: Optional[Metadata] = None) -> Reply:
@@ -3706,14 +3721,14 @@ def webhook_events(daemon: Daemon, asker: Asker) -> Reply:
     return listing("events", list(EVENT_KINDS))
 
 
-@operation("GET /webhooks/{id}")
+@operation("GET /webhooks/{id}", errors="NOT_FOUND")
 def get_webhook(daemon: Daemon, asker: Asker, id: HookId) -> Reply:
     """One webhook, without its secret."""
     webhook = hook_view(need_hook(daemon.store, id))
     return ok(**webhook, webhook=webhook)
 
 
-@operation("PUT /webhooks/{id}")
+@operation("PUT /webhooks/{id}", errors="NOT_FOUND TARGET_REFUSED")
 def update_webhook(daemon: Daemon, asker: Asker, id: HookId, url: Optional[HttpUrl] = None,
                    events: Optional[EventList] = None, secret: Optional[Secret] = None,
                    filter_pattern: Optional[Pattern] = None, active: Optional[Bool] = None,
@@ -3731,7 +3746,8 @@ def update_webhook(daemon: Daemon, asker: Asker, id: HookId, url: Optional[HttpU
     return {**get_webhook(daemon, asker, id), **minted}
 
 
-@operation("DELETE /webhooks/{id}", command="webhook rm", quiet="removed", example="pd webhook rm hook_1f2e3d")
+@operation("DELETE /webhooks/{id}", command="webhook rm", quiet="removed", example="pd webhook rm hook_1f2e3d",
+           errors="NOT_FOUND")
 def remove_webhook(daemon: Daemon, asker: Asker, id: HookId) -> Reply:
     """Remove a webhook and what was still to be sent to it."""
     with daemon.write() as tx:
@@ -3741,7 +3757,8 @@ def remove_webhook(daemon: Daemon, asker: Asker, id: HookId) -> Reply:
     return ok(id=id, removed=True, message=f"removed {id}")
 
 
-@operation("POST /webhooks/{id}/test", command="webhook test", quiet="delivery", example="pd webhook test hook_1f2e3d")
+@operation("POST /webhooks/{id}/test", command="webhook test", quiet="delivery", example="pd webhook test hook_1f2e3d",
+           errors="NOT_FOUND")
 def test_webhook(daemon: Daemon, asker: Asker, id: HookId) -> Reply:
     """Send a webhook.test event to one webhook; its delivery tells how that went."""
     with daemon.write() as tx:
@@ -3757,7 +3774,7 @@ def delivery_id(daemon: Daemon, number: int) -> str:
 
 @operation("GET /webhooks/{id}/deliveries", command="webhook deliveries", quiet="id",
            shows="deliveries: id event status attempts responseStatus durationMs nextAttemptAt error",
-           example="pd webhook deliveries hook_1f2e3d")
+           example="pd webhook deliveries hook_1f2e3d", errors="NOT_FOUND")
 def list_deliveries(daemon: Daemon, asker: Asker, id: HookId, limit: Count = 50) -> Reply:
     """List what was sent to a webhook and what is still to be sent, newest first."""
     now = daemon.now()
@@ -3770,7 +3787,7 @@ def list_deliveries(daemon: Daemon, asker: Asker, id: HookId, limit: Count = 50)
 
 
 @operation("POST /webhooks/{id}/deliveries/{delivery}/replay", command="webhook replay", quiet="delivery",
-           example="pd webhook replay hook_1f2e3d dlv_9c0a_42")
+           example="pd webhook replay hook_1f2e3d dlv_9c0a_42", errors="NOT_FOUND")
 def replay_delivery(daemon: Daemon, asker: Asker, id: HookId, delivery: HookId) -> Reply:
     """Send a delivery once more under its own id, with all its retries before it."""
     tag, _, number = delivery.rpartition("_")
@@ -6593,23 +6610,12 @@ MCP_TOOLS: tuple[tuple[str, str, str, str], ...] = (  # operation, title, hints,
     ("get_activity", "See what happened", "read idempotent", "entries:array count:integer"))
 
 
-def field_schema(field: Field) -> Reply:
-    """What JSON Schema says of a field: its type, and in words what is accepted."""
-    kind = field.kind
-    names = ((Flag, "boolean"), (Integer, "integer"), (Text, "string"), (Several, "array"), (Ports, "array"))
-    name = next((name for family, name in names if isinstance(kind, family)), "object")
-    schema: Reply = {} if kind.nullable else {"type": ["integer", "string"] if isinstance(kind, Period) else name}
-    if name == "array":
-        schema["items"] = {"type": "integer" if isinstance(kind, Ports) else "string"}
-    return {**schema, "description": kind.expected}
-
-
 def mcp_inputs(one: Operation, hints: str) -> Reply:
     """The arguments of a tool: `agent`, where it acts, in the place of whatever the operation calls it."""
     hidden = ("pid",) if "read" in hints else ("pid", "agent", "owner", "sender")
     fields = [field for field in one.fields.values() if field.wire not in hidden]
     fields += [] if "read" in hints else [MCP_AGENT]
-    properties = {field.wire: field_schema(field) for field in fields}
+    properties = {field.wire: field.schema() for field in fields}
     for wire in {"wait", "timeout"} & set(properties):
         properties[wire]["description"] += "; at most 50s here"
     if "agent" in properties and "read" not in hints:
@@ -6667,12 +6673,13 @@ def mcp_config(program: str, words: Sequence[str], environ: Mapping[str, str]) -
     return path, json.dumps({"mcpServers": {"port-daddy": entry}}, indent=2)
 
 
+# --- OpenAPI, and what else machines read -----------------------------------------------------------------------------
 
 def describe(one: Operation, method: str, path: str) -> Reply:
     """One route of an operation, as an Operation Object of OpenAPI."""
     in_path, in_query, in_body = [], [], {}
     for wire, field in one.fields.items():
-        schema = {**field.kind.schema(), "description": field.kind.expected}
+        schema = field.schema()
         if re.search(rf"\{{{wire}[.}}]", path):
             in_path.append({"name": wire, "in": "path", "required": True, "schema": schema})
         elif method in ("GET", "DELETE"):
@@ -6686,7 +6693,7 @@ def describe(one: Operation, method: str, path: str) -> Reply:
     told: Reply = {
         "operationId": one.name if first else "_".join((one.name, method.lower(), *re.findall(r"\w+", path))),
         "summary": one.summary, "parameters": in_path + in_query,
-        "responses": {"200": {"description": "done", "content": shape},
+        "responses": {"200": {"description": "done", "content": shape}, **failures(one),
                       "default": {"$ref": "#/components/responses/Problem"}}}
     if in_body:
         needed = [wire for wire in in_body if one.fields[wire].required]
@@ -6694,6 +6701,15 @@ def describe(one: Operation, method: str, path: str) -> Reply:
                 **({"required": needed} if needed else {})}
         told["requestBody"] = {"required": bool(needed), "content": {"application/json": {"schema": body}}}
     return told
+
+
+def failures(one: Operation) -> Reply:
+    """The failures that are an operation's own, by their HTTP status."""
+    found: dict[str, list[str]] = {}
+    for code in one.errors:
+        found.setdefault(str(PROBLEMS[code][0]), []).append(f"{code}: {PROBLEMS[code][2]}")
+    return {status: {"description": "; ".join(words), "content": {"application/json": {"schema": {
+        "$ref": "#/components/schemas/Problem"}}}} for status, words in sorted(found.items())}
 
 
 def openapi(port: int) -> Reply:

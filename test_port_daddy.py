@@ -10445,6 +10445,16 @@ def test_every_operation_has_a_summary_and_routes_of_its_own():
     assert len({operation.name for operation in port_daddy.OPERATIONS}) == len(port_daddy.OPERATIONS)
 
 
+def test_an_operation_declares_the_failures_that_it_raises_itself():
+    everybody_s = {"BAD_VALUE", "INTERNAL"}
+    for node in TREE.body:
+        one = next((each for each in port_daddy.OPERATIONS if each.name == getattr(node, "name", "")), None)
+        raised = {call.args[0].value for call in ast.walk(node) if isinstance(call, ast.Call) and call.args
+                  and getattr(call.func, "id", "") in ("PortDaddyError", "LockLost")
+                  and isinstance(call.args[0], ast.Constant)} if one else set()
+        assert not one or raised - everybody_s <= set(one.errors) <= set(port_daddy.PROBLEMS), (node.name, raised)
+
+
 PROMISED_METHODS = re.findall(r"\w+", """
     claim release get_service list_services update_service set_endpoint remove_endpoint service_health list_health
     wait_for_service wait_for_services list_system_ports cleanup publish get_messages poll subscribe list_channels
