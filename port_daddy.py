@@ -1938,9 +1938,9 @@ def listeners() -> dict[int, list[Listener]]:
 
 def _listeners_linux() -> Iterator[Listener]:
     try:
-        for family in (socket.AF_INET, socket.AF_INET6):
-            for found in sock_diag(family, 1 << 10):  # in state LISTEN
-                yield Listener(struct.unpack_from(">H", found, 4)[0], struct.unpack_from("=I", found, 68)[0], None)
+        query = struct.pack("=BBBB48xII", socket.AF_INET, 0, 0, 0, 1 << 10, 0)  # struct inet_diag_req: in state LISTEN
+        for found in sock_diag(18, 0x301, query):  # TCPDIAG_GETSOCK as a dump, which answers for IPv6 too
+            yield Listener(struct.unpack_from(">H", found, 4)[0], struct.unpack_from("=I", found, 68)[0], None)
     except OSError as error:
         raise_if_short(error)
         for path in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -1950,13 +1950,12 @@ def _listeners_linux() -> Iterator[Listener]:
                     yield Listener(int(words[1].rpartition(":")[2], 16), int(words[9]), None)
 
 
-def sock_diag(family: int, states: int, which: bytes = b"") -> Iterator[bytes]:
-    """Ask the kernel for its TCP sockets in some states, or for the one that `which` names: a struct inet_diag_msg each.
-    (sock_diag(7): 40 µs where reading /proc/net/tcp takes 8 ms.)"""
-    query = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, states) + which.ljust(48, b"\0")
+def sock_diag(kind: int, flags: int, query: bytes) -> Iterator[bytes]:
+    """Ask the kernel for TCP sockets, for one or for a dump of many: a struct inet_diag_msg each. (sock_diag(7): 40 µs
+    where reading /proc/net/tcp takes 8 ms.)"""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4) as netlink:  # NETLINK_SOCK_DIAG
         netlink.settimeout(2)
-        netlink.send(struct.pack("=IHHII", 16 + len(query), 20, 0x001 if which else 0x301, 1, 0) + query)
+        netlink.send(struct.pack("=IHHII", 16 + len(query), kind, flags, 1, 0) + query)
         while True:
             data, offset = netlink.recv(65536), 0
             while offset < len(data):
@@ -1967,7 +1966,7 @@ def sock_diag(family: int, states: int, which: bytes = b"") -> Iterator[bytes]:
                     return
                 yield data[offset + 16:offset + length]
                 offset += (length + 3) & ~3
-            if which:
+            if flags == 0x001:  # no dump
                 return
 
 
@@ -2131,7 +2130,8 @@ def peer_user(connection: socket.socket) -> Optional[int]:
     addresses = (socket.inet_pton(connection.family, address).ljust(16, b"\0") for address in (theirs, ours))
     which = struct.pack(">HH16s16s", their_port, our_port, *addresses) + struct.pack("=III", 0, 2 ** 32 - 1, 2 ** 32 - 1)
     try:
-        for found in sock_diag(connection.family, 2 ** 32 - 1, which):
+        query = struct.pack("=BBBBI", connection.family, socket.IPPROTO_TCP, 0, 0, 2 ** 32 - 1)  # struct inet_diag_req_v2
+        for found in sock_diag(20, 0x001, query + which):  # SOCK_DIAG_BY_FAMILY
             user, inode = struct.unpack_from("=II", found, 64)
             return user if inode else None
     except OSError as error:
@@ -4355,16 +4355,22 @@ def parse_body(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
     return value
 
 
+SAID = [(name.lower(), Field(name, name, kind_of(kind), False, None)) for name, kind in (
+    ("X-Agent-Id", AgentId), ("X-Pid", Pid), ("Last-Event-ID", Cursor), ("Idempotency-Key", RequestKey))]
+
+
+@functools.lru_cache(64)
+def who_asks(*said: Optional[str]) -> tuple[Any, ...]:
+    """Agent, pid, last event and key, from the headers of SAID."""
+    return tuple(field.check(text, read=True) if text else None for text, (_, field) in zip(said, SAID))
+
+
 class HttpAsker(Asker):
     """An asker at the other end of a connection."""
 
-    SAID = [(name.lower(), Field(name, name, kind_of(kind), False, None)) for name, kind in (
-        ("X-Agent-Id", AgentId), ("X-Pid", Pid), ("Last-Event-ID", Cursor), ("Idempotency-Key", RequestKey))]
-
     def __init__(self, connection: Connection, headers: Mapping[str, str]) -> None:
         self.connection = connection
-        super().__init__(*(field.check(headers[name], read=True) if headers.get(name) else None
-                           for name, field in self.SAID))
+        super().__init__(*who_asks(*[headers.get(name) for name, _ in SAID]))
 
     def connected(self) -> bool:
         return has_peer(self.connection.socket)
