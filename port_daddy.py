@@ -45,6 +45,7 @@ The rooms, each of which uses only the rooms above it:
     14. DESCRIPTIONS    what is derived from the table of operations
     15. TOOLS           looking at a folder, and what else helps from outside
     16. COMMAND LINE    the same operations from a terminal
+    17. DASHBOARD       what a browser shows of all this
 
 It promises: what was answered survives kill -9; two identities never share a port; a lock has one holder, a growing
 fencing token and a fair queue; a message is worked on once or, when it is leased, until somebody has acknowledged it; a
@@ -8695,6 +8696,648 @@ def run_command(argv: list[str]) -> int:
         return 0
     chosen, options = parse(["version"] if argv == ["--version"] else argv, known)
     return chosen.run(options) or 0
+
+
+# ======================================================================================================================
+# 17. DASHBOARD — what a browser shows of all this
+# ======================================================================================================================
+
+# 1. The page is constant bytes: nothing is filled in here, and everything that it shows it asks for over HTTP.
+# 2. What comes from the daemon becomes text nodes and checked attributes, never markup; its policy lets only its own
+#    script and style run, lets it ask this daemon only, and lets nobody frame it.
+# 3. It follows one stream, and lets go of it while nobody looks; what an event names is fetched again, at most a third of
+#    the time.
+
+DASHBOARD = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Port Daddy</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16' fill='none'
+  stroke='%230b7285' stroke-width='1.6'%3E%3Ccircle cx='8' cy='3' r='1.8'/%3E%3Cpath d='M8 5v9M5 7h6M2 9c0 7 12 7 12 0'/%3E
+  %3C/svg%3E">
+<style>
+:root { color-scheme: light dark; --back: #f3f5f7; --panel: #fff; --soft: #edf1f4; --line: #d8dfe5; --ink: #18222b;
+  --mute: #55626e; --accent: #0b6374; --ok: #17693a; --warn: #855400; --bad: #b0241c; }
+@media (prefers-color-scheme: dark) { :root { --back: #0e1418; --panel: #151d23; --soft: #1e2830; --line: #2a353e;
+  --ink: #dde5ea; --mute: #94a3ae; --accent: #67c1d0; --ok: #6ecb8d; --warn: #e0b25b; --bad: #ff938a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 13.5px/1.45 system-ui, sans-serif; }
+h1, h2, p { margin: 0; font-size: inherit; }
+b, small, code, span { unicode-bidi: isolate; }  /* a name that turns the direction turns its own only */
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
+.ok { color: var(--ok); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+.mute, small, th, nav a, #about { color: var(--mute); }
+a { color: var(--accent); text-underline-offset: 2px; }
+code { font: .92em ui-monospace, "SF Mono", Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+header { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; align-items: center; gap: .4rem 1.1rem;
+  padding: .6rem 1rem; background: var(--panel); border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.1rem; }
+#filter { flex: 0 1 16rem; margin-left: auto; }
+nav { display: flex; flex-wrap: wrap; flex-basis: 100%; gap: .1rem 1.1rem; }
+nav a:not(:hover, .bad) { text-decoration: none; }
+nav a:not(.bad) b { color: var(--ink); }
+nav b, h2 small { margin-left: .4em; font-variant-numeric: tabular-nums; }
+#state, .pill { font-weight: 600; white-space: nowrap; }
+#state::before, .pill::before { content: ""; display: inline-block; width: .55em; height: .55em; margin-right: .4em;
+  border-radius: 50%; background: currentColor; vertical-align: .06em; }
+#trouble { padding: .5rem 1rem; background: var(--bad); color: var(--panel); font-weight: 600; }
+main { padding: .9rem 1rem 2rem; }
+main, main > div { display: grid; gap: .9rem; align-content: start; grid-template-columns: minmax(0, 1fr); }
+@media (min-width: 1100px) { main { grid-template-columns: minmax(0, 11fr) minmax(0, 9fr); } }
+.old main { opacity: .55; }
+section { background: var(--panel); border: 1px solid var(--line); border-radius: 7px; scroll-margin-top: 5.5rem; }
+.top { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .7rem; padding: .5rem .8rem; }
+h2 { margin-right: auto; font-size: 1rem; overflow-wrap: anywhere; outline: none; }
+h2 small { font-weight: 400; }
+.box { max-height: 27rem; overflow: auto; border-top: 1px solid var(--line); }
+.none { padding: .6rem .8rem .7rem; border-top: 1px solid var(--line); color: var(--mute); }
+.none code { color: var(--ink); }
+table { width: 100%; border-collapse: collapse; }
+th, td { min-width: 5.5em; padding: .34rem .45rem; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+th { position: sticky; top: 0; background: var(--panel); font-weight: 500; font-size: .86em; }
+th, .number, .short, .act { min-width: 0; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.number, .short, .act { width: 1%; }
+.number, .act { text-align: right; }
+tbody td { border-top: 1px solid var(--soft); }
+td.act { padding-block: .2rem; }
+.lines tbody td { padding-block: .06rem; border: 0; }
+:is(th, td):first-child { padding-left: .8rem; } :is(th, td):last-child { padding-right: .8rem; }
+td:first-child:not([class]) { min-width: 10em; }
+td small { display: block; }
+.tag { display: inline-block; margin-right: .6em; }
+.bar { display: block; min-width: 6rem; height: 5px; margin-top: .25rem; border-radius: 3px; background: var(--line); }
+.bar::before { content: ""; display: block; height: 100%; border-radius: 3px; background: var(--accent);
+  transform: scaleX(var(--left, 0)); transform-origin: left; transition: transform 1s linear; }
+.bar.low::before { background: var(--bad); }
+@media (prefers-reduced-motion: reduce) { .bar::before { transition: none; } }
+button, input, textarea { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--mute);
+  border-radius: 5px; padding: .3rem .55rem; }
+button { padding: .14rem .55rem; margin-left: .3rem; background: var(--soft); border-color: var(--line); cursor: pointer; }
+button:hover { border-color: var(--mute); }
+button.go { background: var(--accent); color: var(--panel); font-weight: 600; }
+dialog { width: min(34rem, 100vw - 1.5rem); max-height: calc(100dvh - 2rem); padding: 0; color: inherit;
+  background: var(--panel); border: 1px solid var(--line); border-radius: 9px; box-shadow: 0 12px 40px #0006; }
+dialog::backdrop { background: #000a; }
+#view { width: min(64rem, 100vw - 1.5rem); }
+#view section { border: 0; }
+#view .box { max-height: calc(100dvh - 17rem); }
+.text { display: grid; gap: .7rem; padding: 1rem 1.1rem; }
+.text :is(input, textarea) { width: 100%; }
+.text div { text-align: right; }
+.text button { padding: .35rem .9rem; }
+#said { position: fixed; right: 1rem; bottom: 1rem; max-width: calc(100vw - 2rem); padding: .5rem .9rem; border-radius: 6px;
+  background: var(--ink); color: var(--panel); overflow-wrap: anywhere; }
+#said:empty, p:empty, [hidden] { display: none; }
+@media (max-width: 700px) {  /* a row becomes a card that says beside each value what it is */
+  header { position: static; }
+  #filter { flex: 1 1 100%; }
+  main { padding: .6rem .6rem 2rem; }
+  .box { max-height: 75vh; }
+  thead { display: block; position: absolute; width: 1px; height: 1px; overflow: hidden; }
+  table, tbody, tbody tr { display: block; }
+  tbody tr { padding: .45rem .8rem; content-visibility: auto; contain-intrinsic-size: auto 10rem; }
+  tr + tr { border-top: 1px solid var(--line); }
+  tbody td:nth-child(n) { display: grid; grid-template-columns: 6.8rem minmax(0, 1fr); width: auto; padding: .1rem 0;
+    border: 0; text-align: left; white-space: normal; }
+  td::before { content: attr(data-name); color: var(--mute); }
+  td > * { grid-column: 2; justify-self: start; }
+  td .bar { justify-self: stretch; }
+  tbody td.act:nth-child(n) { display: flex; padding-top: .35rem; }
+  td.act::before, tbody td:empty:nth-child(n) { display: none; }
+  td button { margin: 0 .4rem 0 0; padding: .4rem .9rem; }
+}
+</style>
+<header>
+<h1>Port Daddy</h1>
+<p id="state" class="mute" role="status">connecting</p>
+<p id="about"></p>
+<input id="filter" type="search" placeholder="Filter (press /)" aria-label="Filter everything on this page">
+<nav aria-label="Lists"></nav>
+</header>
+<p id="trouble" role="alert" hidden></p>
+<noscript><p class="text">This page needs JavaScript. What it shows can be asked with curl as well.</p></noscript>
+<main><div></div><div></div></main>
+<dialog id="view"></dialog>
+<dialog id="ask" aria-labelledby="question" aria-describedby="outcome"><div class="text">
+<h2 id="question"></h2><p id="outcome"></p><p id="refused" class="bad" role="alert"></p>
+<div><button id="no" autofocus>Cancel</button><button id="yes" class="go"></button></div></div></dialog>
+<dialog id="locked" aria-labelledby="wanted"><form class="text">
+<h2 id="wanted">This daemon wants its token</h2>
+<p>It was started with a token, and answers to nobody without. This tab keeps it until it is closed.</p>
+<label>Token <input id="token" type="password" autocomplete="off" required></label>
+<p id="wrong" class="bad" role="alert"></p><div><button class="go">Open</button></div></form></dialog>
+<output id="said"></output>
+<script>
+"use strict";
+const $ = id => document.getElementById(id), enc = encodeURIComponent;
+const pause = ms => new Promise(done => setTimeout(done, ms));
+const MOST = 1000;  // rows shown of one list
+
+// ---- asking
+
+let token = "", unlocked = null, unlock = null;
+try { token = sessionStorage.getItem("token") || ""; } catch { /* storage is off: it is asked for each time */ }
+
+const headers = more => ({"X-Agent-Id": "dashboard", ...(token && {Authorization: "Bearer " + token}), ...more});
+const get = url => ask("GET", url);
+
+async function ask(method, url, body) {
+  const used = token, more = body && {"Content-Type": "application/json"};
+  const reply = await fetch(url, {method, headers: headers(more), body: body && JSON.stringify(body)});
+  return answer(reply, used, await reply.json());
+}
+
+function answer(reply, used, said) {
+  if (reply.status === 401 && used === token && !$("locked").open) {  // else it is being typed, or was meanwhile
+    unlocked = new Promise(done => { unlock = done; });
+    $("wrong").textContent = used && "That is not the token.";
+    state("warn", "waiting for the token");
+    $("locked").showModal();
+  }
+  if (!reply.ok) throw new Error(said.error);
+  return said;
+}
+
+$("locked").addEventListener("submit", event => {
+  event.preventDefault();
+  token = $("token").value;
+  $("token").value = "";
+  try { sessionStorage.setItem("token", token); } catch { /* as above */ }
+  $("locked").close();
+});
+$("locked").addEventListener("close", () => unlock());
+
+const services = async () => {
+  const [listed, checks] = await Promise.all([get("/services"), get("/services/health")]);
+  const known = new Map(checks.services.map(one => [one.id, one]));
+  return listed.services.map(one => ({...known.get(one.id), ...one}));
+};
+const channels = async () => {
+  const {channels} = await get("/channels"), latest = [...channels].sort((one, other) => other.lastId - one.lastId);
+  const found = await Promise.all(latest.slice(0, 200).map(async ({channel}) => {  // a request each
+    const {groups} = await get(`/msg/${enc(channel)}/groups`), dead = groups.some(one => one.dead);
+    return [groups.map(one => ({channel, ...one})), dead ? (await get(`/msg/${enc(channel)}/dead`)).messages : []];
+  }));
+  show(LISTS.queues, found.flatMap(([groups]) => groups));
+  show(LISTS.dead, found.flatMap(([, dead]) => dead));
+  return channels;
+};
+const webhooks = async () => Promise.all((await get("/webhooks")).webhooks.map(async one => {
+  const {deliveries} = await get(`/webhooks/${enc(one.id)}/deliveries`);  // the last 50
+  const count = status => deliveries.filter(sent => sent.status === status && sent.attempts).length;
+  return {...one, retrying: count("pending"), dead: count("dead")};
+}));
+
+// ---- showing: a cell is a list of texts and of [tag, attributes, ...children], made into nodes that parse no markup
+
+const shown = one => one || one === 0;
+
+function node(spec) {
+  if (!Array.isArray(spec)) return document.createTextNode(spec);
+  const [tag, {act, ...attributes}, ...children] = spec, made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) if (shown(value) || value === "") made.setAttribute(name, value);
+  made.append(...children.filter(shown).map(one => one instanceof Node ? one : node(one)));
+  return Object.assign(made, {act});
+}
+
+function fill(cell, specs) {
+  const shape = JSON.stringify(specs);
+  if (cell.shape === shape) return;  // what has not changed keeps the focus, and does not flicker
+  cell.shape = shape;
+  cell.replaceChildren(...specs.filter(shown).map(node));
+}
+
+function span(ms) {
+  let left = Math.max(0, Math.round(ms / 1000)), parts = [];
+  for (const [unit, size] of [["d", 86400], ["h", 3600], ["m", 60], ["s", 1]]) {
+    if (left >= size) parts.push(Math.floor(left / size) + unit);
+    left %= size;
+  }
+  return parts.slice(0, 2).join("") || "0s";
+}
+
+const clip = (text, most = 300) => text.length > most ? text.slice(0, most) + " …" : text;
+const code = value => ["code", {}, clip(typeof value === "string" ? value : JSON.stringify(value), 2000)];
+const strong = text => ["b", {}, text];
+const small = text => text ? ["small", {}, text] : null;
+const pill = (kind, text) => ["span", {class: "pill " + kind}, text];
+const full = at => new Date(at).toLocaleString();
+const since = at => at && ["span", {"data-since": at, title: full(at)}];
+const until = at => at && ["span", {"data-until": at, title: full(at)}];
+const clock = at => ["span", {title: full(at)}, new Date(at).toTimeString().slice(0, 8)];
+const bar = (from, to) => ["span", {class: "bar", "data-from": from, "data-to": to, "aria-hidden": "true"}];
+const button = (text, of, ...act) => ["button", {act, "aria-label": `${text} ${of}`}, text];
+const link = ([name, url]) => /^https?:/i.test(url)
+  ? ["a", {class: "tag", href: url, title: url, target: "_blank", rel: "noreferrer"}, name]
+  : ["span", {class: "tag", title: url}, name];
+const KINDS = {running: "ok", detached: "ok", delivered: "ok", starting: "warn", pending: "warn", assigned: "mute",
+  stopped: "mute"};
+
+function wellness({status, healthy, error, latency}) {
+  const told = healthy === false ? error || "unhealthy" : healthy && "healthy";
+  return [pill(healthy === false ? "bad" : KINDS[status] || "bad", status),
+    small(told && clip(told) + (latency == null ? "" : `, ${Math.round(latency)} ms`))];
+}
+
+function tick() {
+  const now = Date.now(), each = (data, work) => document.querySelectorAll(`[data-${data}]`).forEach(work);
+  const put = (one, text) => { if (one.textContent !== text) one.textContent = text; };
+  each("since", one => put(one, span(now - one.dataset.since) + " ago"));
+  each("until", one => put(one, span(one.dataset.until - now) + " left"));
+  each("to", one => {
+    const {from, to} = one.dataset, part = Math.max(0, Math.min(1, (to - now) / Math.max(1, to - from)));
+    one.style.setProperty("--left", part.toFixed(4));
+    one.classList.toggle("low", part < 0.15);
+  });
+}
+
+// ---- the lists: what each shows, how a row is known again, where it comes from, and what to type while it is empty.
+// A column whose name ends with # holds numbers, one with @ stays on one line, and the one without a name the buttons.
+
+const LISTS = {
+  services: {
+    title: "Services", empty: ["Nobody has claimed a port:", "pd claim myapp:api:main"], key: one => one.id, load: services,
+    columns: {
+      Service: one => [strong(one.id), small(one.agentId)], "Port#": one => [one.port], State: wellness,
+      "Pid#": one => [one.pid], "Claimed@": one => [since(one.createdAt)],
+      Links: one => Object.entries(one.endpoints).map(link),
+      "": one => [button("Log", one.id, "log", one.id), button("Release", one.id, "release", one.id, one.port)],
+    },
+  },
+  locks: {
+    title: "Locks", empty: ["No lock is held:", "pd with-lock db-migration -- make migrate"],
+    key: one => one.name + " " + one.token,
+    load: async () => (await get("/locks")).locks.flatMap(one => one.holders.map(holder => ({...one, ...holder}))),
+    columns: {
+      Lock: one => [strong(one.name), small(one.limit > 1 && `${one.limit} may hold it`)],
+      Holder: one => [one.owner || "somebody", small(`token ${one.token}` + (one.pid ? `, pid ${one.pid}` : ""))],
+      "Time left": one => [until(one.expiresAt), bar(one.acquiredAt, one.expiresAt)], "Waiting#": one => [one.waiting],
+      "": one => [button("Force unlock", one.name, "unlock", one.name, one.token, one.owner || "its holder", one.waiting)],
+    },
+  },
+  queues: {
+    title: "Queues", empty: ["No group works on a channel:", "pd work tasks -- ./build.sh"],
+    key: one => one.channel + " " + one.group,
+    columns: {
+      Channel: one => [strong(one.channel)], Group: one => [one.group], "Backlog#": one => [one.backlog],
+      "Leased#": one => [one.leased], "Dead#": one => [one.dead ? pill("bad", one.dead) : 0],
+      "Last poll@": one => [since(one.lastPollAt)],
+      "": one => [one.dead && button("Redrive", `all of ${one.channel} ${one.group}`, "redrive", one.channel, one.group,
+        one.dead)].filter(Boolean),
+    },
+  },
+  dead: {
+    title: "Dead letters", empty: ["No message has used up its attempts."],
+    key: one => [one.channel, one.group, one.id].join(" "),
+    columns: {
+      Message: one => [strong(one.id), small(one.channel + " " + one.group)], "Tries#": one => [one.attempts],
+      "Died@": one => [since(one.diedAt)], Error: one => [clip(one.error || "")], Payload: one => [code(one.payload)],
+      "": one => [button("Redrive", one.id, "redrive", one.channel, one.group, 1, one.id)],
+    },
+  },
+  channels: {
+    title: "Channels", empty: ["Nothing was published:", `pd pub tasks '{"action": "build"}'`], key: one => one.channel,
+    load: channels,
+    columns: {
+      Channel: one => [strong(one.channel)], "Kept#": one => [one.count], "Subscribers#": one => [one.subscribers],
+      "Last message@": one => [since(one.lastMessage)],
+      "": one => [button("Messages", `of ${one.channel}`, "channel", one.channel)],
+    },
+  },
+  agents: {
+    title: "Agents", empty: ["No agent has registered:", "pd agent register builder-1"], key: one => one.id,
+    load: async () => (await get("/agents")).agents,
+    columns: {
+      Agent: one => [strong(one.id), small([one.name, one.type].filter(Boolean).join(", "))],
+      "State@": one => [one.isActive ? pill("ok", "alive") : pill("mute", "gone")],
+      "Last seen@": one => [since(one.lastHeartbeat)], "Pid#": one => [one.pid],
+      Holds: one => [clip([...one.services, ...one.locks].join(", "))],
+    },
+  },
+  webhooks: {
+    title: "Webhooks", empty: ["Nobody is told of events:", "pd webhook add http://localhost:8080/ --events 'lock.*'"],
+    key: one => one.id, load: webhooks,
+    columns: {
+      Webhook: one => [one.url, small([one.events.join(" "), one.filterPattern].filter(Boolean).join(" on "))],
+      State: one => [one.active ? pill("ok", "active") : pill("bad", "disabled"), small(one.dead && one.dead + " lost")],
+      "Delivered#": one => [one.successCount], "Failed#": one => [one.failureCount], "Retrying#": one => [one.retrying],
+      "Last@": one => [since(one.lastTriggered)],
+      "": one => [button("Deliveries", `to ${one.url}`, "hook", one.id, one.url)],
+    },
+  },
+  events: {
+    title: "Events", empty: ["Nothing has happened."], key: one => one.id, fresh: [], paused: false,
+    columns: {
+      "Time@": one => [clock(one.timestamp)], "Event@": one => [strong(one.type)],
+      Subject: one => [one.targetId, small(one.agentId)], Details: one => [clip(one.details)],
+    },
+  },
+};
+
+function build(one) {
+  const named = name => ({"data-name": name.replace(/[#@]$/, ""),
+    class: name.endsWith("#") ? "number" : name.endsWith("@") ? "short" : name ? null : "act"});
+  const heads = Object.keys(one.columns).map(named);
+  one.count = node(["small", {}]);
+  one.heading = node(["h2", {tabindex: -1}, one.title, one.count]);
+  one.top = node(["div", {class: "top"}, one.heading]);
+  one.body = node(["tbody", {}]);
+  const titles = heads.map(head => [head["data-name"] ? "th" : "td", {class: head.class, scope: "col"}, head["data-name"]]);
+  one.box = node(["div", {class: one.follows ? "box lines" : "box", tabindex: 0, role: "region", "aria-label": one.title},
+    ["table", {}, ["thead", {}, ["tr", {}, ...titles]], one.body]]);
+  one.none = node(["p", {class: "none", hidden: ""}]);
+  one.line = () => node(["tr", {}, ...heads.map(head => ["td", head])]);
+  one.section = node(["section", {}, one.top, one.box, one.none]);
+  return Object.assign(one, {rows: [], lines: new Map(), rest: 0}).section;
+}
+
+function show(one, rows = one.rows) {
+  const typed = one.tab ? `${$("filter").value} ${one.only?.value || ""}`.toLowerCase().match(/\S+/g) || [] : [];
+  const fits = row => (text => typed.every(word => text.includes(word)))(JSON.stringify(row).toLowerCase());
+  const fitting = typed.length ? rows.filter(fits) : rows, chosen = fitting.slice(0, MOST);
+  const keys = new Set(chosen.map(one.key));
+  const atEnd = one.box.scrollHeight - one.box.scrollTop - one.box.clientHeight < 40;
+  one.rows = rows;
+  for (const [key, gone] of one.lines) if (!keys.has(key)) {
+    if (gone.contains(document.activeElement)) (gone.nextSibling?.querySelector("button") || one.heading).focus();
+    gone.remove();
+    one.lines.delete(key);
+  }
+  chosen.forEach((row, place) => {
+    const made = one.lines.get(one.key(row)) || one.line(), there = one.body.children[place];
+    one.lines.set(one.key(row), made);
+    Object.values(one.columns).forEach((draw, index) => fill(made.cells[index], draw(row)));
+    if (there !== made) one.body.insertBefore(made, there || null);
+  });
+  if (one.follows && atEnd) one.box.scrollTop = one.box.scrollHeight;
+  one.count.textContent = (fitting.length < rows.length ? `${fitting.length} of ` : "") + rows.length +
+    (fitting.length > MOST ? `, the first ${MOST} shown: filter to see others` : "");
+  if (one.tab) fill(one.tab, [one.title, strong(rows.length)]);
+  if (one === LISTS.dead) one.tab.className = rows.length ? "bad" : "";
+  one.box.hidden = !chosen.length;
+  one.none.hidden = !one.box.hidden;
+  fill(one.none, rows.length ? ["Nothing here fits the filter."] : [one.empty[0], " ", one.empty[1] && code(one.empty[1])]);
+  tick();
+}
+
+// Fetch a list again as soon as it has rested; who asks meanwhile gets one more round in all, not one each.
+async function soon(one) {
+  one.due = true;
+  if (one.busy) return;
+  for (one.busy = true; one.due;) {
+    await pause(one.rest);
+    one.due = false;
+    const began = performance.now();
+    try { show(one, await one.load()); } catch (problem) { one.failed?.(problem); }
+    one.rest = 100 + 2 * (performance.now() - began);
+  }
+  one.busy = false;
+}
+
+// ---- what can be done, after a question that says what comes of it
+
+let question = null, viewed = null;
+
+function sure(title, outcome, verb, method, url, body) {
+  $("question").textContent = title;
+  $("outcome").textContent = outcome;
+  $("yes").textContent = verb;
+  $("refused").textContent = "";
+  question = [method, url, body];
+  $("ask").showModal();
+}
+
+$("no").addEventListener("click", () => $("ask").close());
+$("yes").addEventListener("click", async () => {
+  $("yes").disabled = true;
+  try { tell((await ask(...question)).message); $("ask").close(); }
+  catch (problem) { $("refused").textContent = problem.message; }
+  $("yes").disabled = false;
+  all();
+  if (viewed) soon(viewed);
+});
+
+function tell(text) {
+  $("said").textContent = text;
+  clearTimeout(tell.timer);
+  tell.timer = setTimeout(() => { $("said").textContent = ""; }, 6000);
+}
+
+async function view(one, ...more) {
+  $("view").replaceChildren(build(viewed = one), ...more);
+  $("view").setAttribute("aria-label", one.title);
+  one.top.append(node(["button", {act: ["close"], autofocus: ""}, "Close"]));
+  one.failed = problem => { one.none.hidden = false; fill(one.none, [problem.message]); };
+  $("view").showModal();
+  for (; viewed === one && $("view").open; await pause(1500)) soon(one);
+}
+
+function publisher(channel, done) {
+  const refused = node(["p", {class: "bad", role: "alert"}]), field = node(["textarea", {name: "payload", rows: 2}]);
+  const form = node(["form", {class: "text"}, ["label", {}, "Publish JSON, or any text", field], refused,
+    ["div", {}, ["button", {class: "go"}, "Publish"]]]);
+  form.addEventListener("submit", async event => {
+    event.preventDefault();
+    let payload = field.value, failed = "";
+    try { payload = JSON.parse(payload); } catch { /* then it is a text */ }
+    try { tell((await ask("POST", `/msg/${enc(channel)}`, {payload})).message); }
+    catch (problem) { failed = problem.message; }
+    refused.textContent = failed;
+    if (!failed) field.value = "";
+    done();
+  });
+  return form;
+}
+
+const ACTIONS = {
+  close: () => $("view").close(),
+  release: (id, port) => sure(`Release ${id}?`, `Its port ${port} may be given to others. What listens there goes on ` +
+    "running; a new claim of this name gets the port back while it is free.",
+    "Release", "DELETE", `/services/${enc(id)}`),
+  unlock: (name, held, owner, waiting) => sure(`Take the lock ${name} from ${owner}?`, `${owner} is not asked, and may ` +
+    `be in the middle of its work. ${waiting ? `The first of ${waiting} who wait gets the lock.` : "Nobody waits for it."}`,
+    "Force unlock", "DELETE", `/locks/${enc(name)}`, {token: held}),  // by its token: who has got it since keeps it
+  redrive: (channel, group, count, id) => sure(`Redrive ${id ? `message ${id}` : `all ${count} dead`} of ${channel}?`,
+    `The group ${group} gets ${count > 1 ? "them" : "it"} again, with all attempts anew. What was not mended fails again.`,
+    "Redrive", "POST", `/msg/${enc(channel)}/redrive`, {group, ...(id && {id})}),
+  replay: (hook, id, event) => sure(`Send ${event} once more?`, `The receiver gets ${id} again. If it does not look at ` +
+    "ids, it does its work twice.", "Replay", "POST", `/webhooks/${enc(hook)}/deliveries/${enc(id)}/replay`, {}),
+  log: id => view({
+    title: `Log of ${id}`, empty: ["Nothing that it printed was sent in. This does:", `pd run ${id} -- npm start`],
+    key: one => one.id, follows: true, load: async () => (await get(`/services/${enc(id)}/logs?tail=300`)).lines,
+    columns: {
+      "Time@": one => [clock(one.at)],  // and the line without the colours of a terminal
+      Line: one => [["code", {class: one.stream === "stderr" && "warn"}, one.text.replace(/\x1b\[[\d;]*[a-z]/gi, "")]],
+    },
+  }),
+  channel: channel => {
+    const list = {
+      title: `Messages of ${channel}`, empty: ["None is kept."], key: one => one.id, follows: true,
+      load: async () => (await get(`/msg/${enc(channel)}`)).messages,  // the last 50
+      columns: {"Message#": one => [one.id], "Sent@": one => [since(one.createdAt)],
+        "Sender@": one => [one.sender], Payload: one => [code(one.payload)]},
+    };
+    view(list, publisher(channel, () => soon(list)));
+  },
+  hook: (id, url) => view({
+    title: `Deliveries to ${url}`, empty: ["Nothing was sent yet:", `pd webhook test ${id}`], key: one => one.id,
+    load: async () => (await get(`/webhooks/${enc(id)}/deliveries`)).deliveries,
+    columns: {
+      Event: one => [strong(one.event), small(one.id)], "State@": one => [pill(KINDS[one.status] || "bad", one.status)],
+      "Tries#": one => [one.attempts], "Answer#": one => [one.responseStatus],
+      "Next try@": one => [one.status === "pending" && until(one.nextAttemptAt)].filter(Boolean),
+      Error: one => [clip(one.error || "")], "Created@": one => [since(one.createdAt)],
+      "": one => one.status === "pending" ? [] : [button("Replay", one.event, "replay", id, one.id, one.event)],
+    },
+  }),
+};
+
+document.addEventListener("click", event => {
+  const [name, ...facts] = event.target.closest("button")?.act || [];
+  if (name) ACTIONS[name](...facts);
+});
+document.addEventListener("keydown", event => {
+  if (event.key !== "/" || event.target.matches("input, textarea") || document.querySelector("dialog[open]")) return;
+  event.preventDefault();
+  $("filter").focus();
+});
+
+// ---- following: one stream of all that happens, while somebody looks, from where the last one ended
+
+const TOUCHED = {service: ["services", "agents"], lock: ["locks", "agents"], agent: ["agents", "services", "locks"],
+  message: ["channels"], webhook: ["webhooks"], daemon: Object.keys(LISTS)};
+let cursor = 0, heard = 0, stream = new AbortController();
+
+function state(kind, text) {
+  $("state").className = kind;
+  document.body.classList.toggle("old", kind !== "ok");
+  if ($("state").textContent !== text) $("state").textContent = text;
+}
+
+function all() {
+  Object.values(LISTS).filter(one => one.load).forEach(soon);
+  get("/health").then(({status, version, pid, uptime_seconds, error}) => {
+    $("about").textContent = `${version}, pid ${pid}, up ${span(1000 * uptime_seconds)}`;
+    $("trouble").hidden = status === "ok";
+    $("trouble").textContent = `The daemon is ${status}: ${error}`;
+  }).catch(() => {});
+}
+
+function hear(part) {
+  const {id, event, data} = Object.fromEntries(part.split("\n").map(line => line.split(/: (.*)/, 2)));
+  if (event === "gap" || event === "reset") return restart();  // what is still known of it is in the log
+  if (!id) return;
+  cursor = id;
+  LISTS.events.fresh = [JSON.parse(data), ...LISTS.events.fresh].slice(0, 500);
+  TOUCHED[event.split(".")[0]].map(name => LISTS[name]).filter(one => one.load).forEach(soon);
+  if (LISTS.webhooks.rows.length) soon(LISTS.webhooks);
+}
+
+function restart() {
+  cursor = 0;
+  stream.abort();
+}
+
+async function listen() {
+  if (!cursor) {
+    LISTS.events.fresh = (await get("/activity?limit=200&type=*.*")).entries;
+    cursor = LISTS.events.fresh[0]?.id || 0;
+  }
+  stream = new AbortController();
+  const used = token, more = cursor ? {"Last-Event-ID": cursor} : {};
+  const reply = await fetch("/events?type=*.*", {headers: headers(more), signal: stream.signal});
+  if (!reply.ok) answer(reply, used, await reply.json());
+  state("ok", "live");
+  all();
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", got; heard = Date.now(), got = await reader.read(), !got.done;) {
+    const parts = (rest + got.value).split("\n\n");
+    rest = parts.pop();
+    parts.forEach(hear);
+    if (!LISTS.events.paused) show(LISTS.events, LISTS.events.fresh);
+  }
+}
+
+async function follow() {
+  for (;; await pause(cursor ? 1000 : 50)) {
+    if (document.hidden) await new Promise(seen => document.addEventListener("visibilitychange", seen, {once: true}));
+    try {
+      await listen();
+      state("bad", "the daemon has gone; trying again");
+    } catch (problem) {
+      if (!unlocked && problem.name !== "AbortError") state("bad", "no daemon answers; trying again");
+    }
+    await unlocked;
+    unlocked = null;
+  }
+}
+
+document.addEventListener("visibilitychange", () => { if (document.hidden) restart(); });
+setInterval(tick, 1000);
+setInterval(() => {
+  if (document.hidden || $("state").className !== "ok") return;
+  if (Date.now() - heard > 20000) stream.abort();  // even an idle stream says something every 15 s
+  all();
+}, 5000);
+
+// ---- the beginning
+
+Object.entries(LISTS).forEach(([name, one], place) => {
+  one.tab = node(["a", {href: "#" + name}]);
+  document.querySelector("nav").append(one.tab);
+  document.querySelectorAll("main > div")[place < 4 ? 0 : 1].append(build(one));
+  one.section.id = name;
+});
+const events = LISTS.events, pauser = node(["button", {"aria-pressed": "false"}, "Pause"]);
+events.only = node(["input", {type: "search", name: "only", placeholder: "Filter events", "aria-label": "Filter events"}]);
+events.top.append(events.only, pauser);
+events.only.addEventListener("input", () => show(events));
+$("filter").addEventListener("input", () => Object.values(LISTS).forEach(one => show(one)));
+pauser.addEventListener("click", () => {
+  events.paused = !events.paused;
+  pauser.setAttribute("aria-pressed", events.paused);
+  pauser.textContent = events.paused ? "Go on" : "Pause";
+  show(events, events.fresh);
+});
+follow();
+</script>
+</html>
+"""
+
+WELCOME = """Port Daddy {version}: ports, locks, channels, agents and webhooks for everything that runs on this machine.
+In a browser this address is a dashboard. For agents: {url}/llms.txt; for programs: {url}/openapi.json
+
+A port of your own      curl -X POST {url}/claim -d '{{"id": "myapp:api:main"}}'
+Take a lock             curl -X POST {url}/locks/db-migration -d '{{"owner": "me", "ttl": "2m"}}'
+Give it back            curl -X DELETE {url}/locks/db-migration -d '{{"owner": "me"}}'
+Publish a message       curl -X POST {url}/msg/tasks -d '{{"payload": "build"}}'
+Wait for the next one   curl '{url}/msg/tasks/poll?timeout=30s'
+"""
+
+
+@functools.cache
+def dashboard() -> Page:
+    """The page, and the policy under which nothing runs that is not in it."""
+    import base64
+    import hashlib
+
+    def source(tag: str) -> str:
+        text = DASHBOARD.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    return Page("text/html; charset=utf-8", DASHBOARD.encode(), (
+        f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"))
+
+
+@page("/")
+def front_page(daemon: Daemon, accept: str) -> Page:
+    """The dashboard for a browser; for whoever else asks, what this is and what to type."""
+    if "text/html" in accept:
+        return dashboard()
+    return Page("text/plain; charset=utf-8", WELCOME.format(
+        version=__version__, url=f"http://127.0.0.1:{daemon.port}").encode())
 
 
 if __name__ == "__main__":

@@ -7623,6 +7623,359 @@ def test_limits_and_delays_of_locks_are_typed_with_their_names(typed, clock, pd)
 
 
 # =====================================================================================================================
+# 17. DASHBOARD — the page, in a real browser
+# =====================================================================================================================
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Chromium:
+    """A headless browser at the other end of two pipes (DevTools protocol: JSON objects with NUL between them)."""
+
+    def __init__(self, profile):
+        ours, theirs = os.pipe(), os.pipe()  # to the browser, which reads 3, and from it, which writes 4
+        self.reader, self.writer, self.waiting, self.tabs, self.numbers = theirs[0], ours[1], {}, {}, itertools.count(1)
+        code = ("import fcntl, os, sys; ends = [fcntl.fcntl(int(one), fcntl.F_DUPFD, 10) for one in sys.argv[1:3]]; "
+                "os.dup2(ends[0], 3); os.dup2(ends[1], 4); os.execv(sys.argv[3], sys.argv[3:])")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(ours[0]), str(theirs[1]), CHROMIUM, "--headless", "--no-sandbox",
+             "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync",
+             "--disable-component-update", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+             f"--user-data-dir={profile}"], pass_fds=(ours[0], theirs[1]), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=environment(HOME=profile))
+        os.close(ours[0])
+        os.close(theirs[1])
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def listen(self):
+        with os.fdopen(self.reader, "rb") as file:
+            rest = b""
+            while chunk := file.read1(65536):
+                *whole, rest = (rest + chunk).split(b"\0")
+                for said in map(json.loads, whole):
+                    if "id" in said:
+                        self.waiting.pop(said["id"]).set_result(said)
+                    elif said.get("sessionId") in self.tabs:
+                        self.tabs[said["sessionId"]].hear(said["method"], said["params"])
+
+    def call(self, method, session=None, **params):
+        number, answer = next(self.numbers), concurrent.futures.Future()
+        self.waiting[number] = answer
+        said = {"id": number, "method": method, "params": params, **({"sessionId": session} if session else {})}
+        os.write(self.writer, json.dumps(said).encode() + b"\0")
+        said = answer.result(30)
+        assert "error" not in said, (method, said["error"])
+        return said["result"]
+
+    def close(self):
+        end(self.process)
+        os.close(self.writer)
+
+
+class Tab:
+    """One page, and everything that went wrong on it: what its console said, what its policy forbade, whom it asked."""
+
+    def __init__(self, browser, url, width=1440, height=900, scheme="light"):
+        self.browser, self.trouble, self.asked = browser, [], []
+        self.target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = browser.call("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
+        browser.tabs[self.session] = self
+        for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
+            self.call(f"{domain}.enable")
+        self.look(width, height, scheme)
+        self.call("Page.navigate", url=url)
+
+    def call(self, method, **params):
+        return self.browser.call(method, self.session, **params)
+
+    def hear(self, method, params):
+        if method == "Network.requestWillBeSent":
+            self.asked.append(params["request"]["url"])
+        elif method in ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Audits.issueAdded"):
+            self.trouble.append(params)
+
+    def look(self, width, height=900, scheme="light"):
+        """As on a screen of this size, in this scheme."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def run(self, script):
+        """The value of a JavaScript expression."""
+        said = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in said, (script, said)
+        return said["result"].get("value")
+
+    def text(self, selector="body"):
+        """What people see of an element."""
+        one = f"document.querySelector({json.dumps(selector)})"
+        return self.run(f"{one}?.checkVisibility() ? {one}.innerText : ''")
+
+    def shows(self, selector, *words):
+        eventually(lambda: all(word in self.text(selector) for word in words))
+
+    def press(self, key):
+        code, text = {"Tab": (9, None), "Enter": (13, "\r"), "Escape": (27, None)}.get(key) or (ord(key.upper()), key)
+        common = {"key": key, "windowsVirtualKeyCode": code, **({"text": text} if text else {})}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **common)
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
+
+    def tab_to(self, label):
+        """Press Tab until the focus is on what has this name."""
+        for _ in range(60):
+            names = self.run("(one => [one.ariaLabel, one.textContent, one.id, one.name])(document.activeElement)")
+            if any((name or "").startswith(label) for name in names):
+                return
+            self.press("Tab")
+        raise AssertionError(f"the Tab key does not lead to {label}")
+
+    def picture(self, path):
+        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=False)["data"]
+        Path(path).write_bytes(base64.b64decode(data))
+
+    def close(self):
+        self.browser.call("Target.closeTarget", targetId=self.target)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("chromium is not installed")
+    browser = Chromium(str(tmp_path_factory.mktemp("chromium")))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Pages that are open until the test ends; nothing may have gone wrong on them, and nobody else may have been asked."""
+    tabs = []
+
+    def open_tab(port, **options):
+        tabs.append((Tab(browser, f"http://localhost:{port}/", **options), port))
+        return tabs[-1][0]
+
+    yield open_tab
+    for tab, port in tabs:
+        tab.close()
+        assert tab.trouble == []
+        assert {url.split("/")[2] for url in tab.asked if not url.startswith("data:")} == {f"localhost:{port}"}
+
+
+MARKUP = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+@pytest.fixture
+def busy(server, wire, receiver):
+    """A daemon with something of everything, and markup wherever people may write what they like."""
+    wire.post("/agents", {"id": "builder-1", "name": MARKUP, "type": "claude", "ttl": "10m"})
+    port = wire.post("/claim", {"id": "myapp:api:main", "agent": "builder-1", "pid": os.getpid()})["port"]
+    wire.post("/claim", {"id": "myapp:web:main"})
+    wire.put("/services/myapp:web:main", {"status": "unhealthy", "error": f"no answer {MARKUP}", "checkedBy": "builder-1"})
+    wire.post("/services/myapp:api:main/logs", {"lines": [{"text": f"\x1b[31mbroken\x1b[0m {MARKUP}", "stream": "stderr"}]})
+    wire.post("/locks/deploy/production", {"owner": "builder-1", "ttl": "10s"})
+    wire.post("/msg/tasks", {"payload": {"build": MARKUP}, "sender": "builder-1"})
+    task = wire.get("/msg/tasks/poll?group=builders&lease=30s&maxAttempts=1")
+    wire.post("/msg/tasks/nack", {"group": "builders", "receipt": task["receipt"], "error": f"no compiler {MARKUP}"})
+    hook = wire.post("/webhooks", {"url": receiver.url + "/hook", "events": ["lock.*"]})["id"]
+    wire.post(f"/webhooks/{hook}/test")
+    eventually(lambda: wire.get(f"/webhooks/{hook}/deliveries")["deliveries"][0]["status"] == "delivered")
+    return port
+
+
+def test_the_page_is_the_same_bytes_everywhere_and_only_its_own_script_may_run(make_server):
+    pages = [Wire(make_server().port).get("/", headers={"Accept": "text/html,*/*;q=0.8"}) for _ in range(2)]
+    assert pages[0].body == pages[1].body and pages[0].status == 200
+    assert pages[0].headers["content-type"] == "text/html; charset=utf-8"
+    text = pages[0].body.decode()
+    said = {tag: re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", text, re.DOTALL) for tag in ("script", "style")}
+    hashes = {tag: ["'sha256-" + base64.b64encode(hashlib.sha256(found.encode()).digest()).decode() + "'" for found in each]
+              for tag, each in said.items()}
+    policy = dict(rule.split(" ", 1) for rule in pages[0].headers["content-security-policy"].split("; "))
+    assert policy == {"default-src": "'none'", "script-src": hashes["script"][0], "style-src": hashes["style"][0],
+                      "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'",
+                      "frame-ancestors": "'none'"}
+    assert [len(each) for each in said.values()] == [1, 1]
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|\bFunction\(|srcdoc|DOMParser|"
+                         r"createContextualFragment|setHTML|javascript:|\s(?:on\w+|style)=", text)
+    assert set(re.findall(r"https?://[\w.:]+", text)) == {"http://www.w3.org", "http://localhost:8080"}  # neither is asked
+
+
+def test_whoever_is_no_browser_gets_a_text_and_its_lines_work(server, wire, curl):
+    page = wire.get("/", headers={"Accept": "*/*"})
+    assert page.headers["content-type"] == "text/plain; charset=utf-8"
+    lines = re.findall(r"curl .*", page.body.decode())
+    replies = curl("\n".join(lines).replace("127.0.0.1", "localhost"))
+    assert [reply["success"] for reply in replies] == [True] * 5
+    assert replies[-1]["message"]["payload"] == "build"
+
+
+def test_the_page_shows_what_there_is_and_follows_what_happens(server, wire, busy, visit):
+    tab = visit(server.port)
+    tab.shows("#state", "live")
+    tab.shows("#services", "myapp:api:main", "builder-1", str(busy), str(os.getpid()), "local")
+    tab.shows("#services", "myapp:web:main", "unhealthy", "no answer")
+    tab.shows("#locks", "deploy/production", "builder-1", "token 1", "s left")
+    tab.shows("#queues", "tasks", "builders")
+    tab.shows("#dead", "no compiler", "builders")
+    tab.shows("#agents", "builder-1", "alive", "deploy/production")
+    tab.shows("#webhooks", "/hook", "active", "lock.*")
+    tab.shows("#events", "service.claim", "message.publish", "message.dead")
+    bar = "Number(document.querySelector('#locks .bar').style.getPropertyValue('--left'))"
+    was = eventually(lambda: tab.run(bar))
+    eventually(lambda: 0 < tab.run(bar) < was)
+    tab.run("window.loaded = 'once'")
+    wire.post("/claim", {"id": "later:on"})
+    wire.delete("/locks/deploy/production", {"force": True})
+    wire.post("/msg/news", {"payload": "extra"})
+    tab.shows("#services", "later:on")
+    tab.shows("#locks", "No lock is held", "pd with-lock")
+    tab.shows("#channels", "news")
+    tab.shows("#events", "later:on", "lock.release")
+    assert tab.run("window.loaded") == "once"
+    tab.run("$('filter').value = 'web'; Object.values(LISTS).forEach(one => show(one))")
+    assert "myapp:web:main" in tab.text("#services") and "later:on" not in tab.text("#services")
+
+
+def test_what_people_wrote_is_never_markup(server, busy, visit):
+    tab = visit(server.port)
+    for list_, words in (("#services", "no answer "), ("#dead", "no compiler "), ("#dead", '{"build":"'), ("#agents", "")):
+        tab.shows(list_, words + MARKUP)
+    for button, words in (("Log myapp:api:main", "broken "), ("Messages of tasks", '{"build":"')):
+        tab.run(f"document.querySelector('[aria-label=\"{button}\"]').click()")
+        tab.shows("#view", words + MARKUP)
+        tab.press("Escape")
+    assert tab.run("document.querySelectorAll('img, main script, dialog script').length") == 0
+
+
+def test_every_action_asks_first_and_is_done_by_keyboard(server, wire, busy, visit, receiver):
+    tab = visit(server.port)
+    tab.shows("#webhooks", "/hook")
+    sent = len(receiver.got)
+
+    def act(button, consequence, sure=True):
+        tab.tab_to(button)
+        tab.press("Enter")
+        tab.shows("#ask", consequence)
+        if sure:
+            tab.tab_to("yes")
+        tab.press("Enter")  # the first focus is on Cancel
+        eventually(lambda: not tab.run("document.querySelector('#ask').open"))
+
+    tab.press("/")
+    for letter in "main":
+        tab.press(letter)
+    assert tab.run("[document.activeElement.id, document.activeElement.value]") == ["filter", "main"]
+    act("Release myapp:api:main", f"Its port {busy}", sure=False)
+    assert wire.get("/services")["count"] == 2
+    act("Release myapp:api:main", f"Its port {busy}")
+    assert [one["id"] for one in wire.get("/services")["services"]] == ["myapp:web:main"]
+    tab.shows("#said", "released 1 service")
+    tab.run("$('filter').value = ''; Object.values(LISTS).forEach(one => show(one))")
+    act("Force unlock deploy/production", "builder-1 is not asked")
+    assert wire.get("/locks")["count"] == 0
+    act("Redrive", "The group builders gets it again")
+    assert wire.get("/msg/tasks/groups")["groups"][0]["dead"] == 0
+    tab.tab_to("Deliveries to")
+    tab.press("Enter")
+    tab.shows("#view", "webhook.test", "delivered")
+    act("Replay webhook.test", "once more")
+    eventually(lambda: receiver.types()[sent:].count("webhook.test") == 1)
+    tab.press("Escape")
+    tab.tab_to("Messages of tasks")
+    tab.press("Enter")
+    tab.shows("#view", "Publish JSON")
+    tab.tab_to("payload")
+    tab.run("document.querySelector('[name=payload]').value = '{\"n\": 1}'")
+    tab.press("Tab")
+    tab.press("Enter")
+    eventually(lambda: wire.get("/msg/tasks")["messages"][-1]["payload"] == {"n": 1})
+
+
+def test_a_lock_that_has_moved_on_is_not_taken_from_its_next_holder(server, wire, visit):
+    first = wire.post("/locks/deploy", {"owner": "first"})
+    tab = visit(server.port)
+    tab.shows("#locks", "first")
+    tab.run("document.querySelector('[aria-label=\"Force unlock deploy\"]').click()")
+    wire.delete("/locks/deploy", {"token": first["token"]})
+    wire.post("/locks/deploy", {"owner": "second"})
+    tab.run("document.querySelector('#yes').click()")
+    tab.shows("#refused", "is no longer one of lock deploy")
+    assert wire.get("/locks/deploy")["owner"] == "second"
+    tab.trouble = [one for one in tab.trouble if "409" not in str(one)]  # which the browser notes on its console
+
+
+def test_nothing_is_wider_than_a_phone_and_both_schemes_are_looked_after(server, wire, busy, visit):
+    wire.post("/claim", {"id": ":".join(["a-name-without-any-end-" * 2] * 3)[:140]})
+    wire.post("/msg/tasks", {"payload": "x" * 5000})
+    tab = visit(server.port)
+    tab.shows("#webhooks", "/hook")
+    backs = set()
+    for width in (380, 1440):
+        for scheme in ("light", "dark"):
+            tab.look(width, 800, scheme)
+            assert tab.run("document.documentElement.scrollWidth <= innerWidth"), (width, scheme)
+            backs.add(tab.run("getComputedStyle(document.body).backgroundColor"))
+    assert len(backs) == 2
+    tab.look(380, 800)
+    tab.run("document.querySelector('[aria-label=\"Messages of tasks\"]').click()")
+    tab.shows("#view", "xxx")
+    assert tab.run("[document.documentElement, $('view')].every(one => one.scrollWidth <= innerWidth)")
+
+
+def test_a_thousand_services_stay_usable(server, wire, visit):
+    with server.daemon.write() as tx:
+        for number in range(1000):
+            port_daddy.insert(tx, "SERVICES", id=f"crowd:service-{number:04}", port=10_000 + number, created=1, seen=1,
+                              endpoints="{}", born=1, status="assigned")
+    tab = visit(server.port)
+    tab.shows("#services h2", "1000")
+    tab.run("document.querySelector('#services tbody').firstChild.mark = 'kept'")
+    wire.post("/claim", {"id": "another"})
+    tab.shows("#services h2", "1001")
+    assert tab.run("document.querySelector('#services tbody').children[1].mark") == "kept"
+    took = tab.run("(began => { $('filter').value = 'service-0777'; Object.values(LISTS).forEach(one => show(one)); "
+                   "return performance.now() - began; })(performance.now())")
+    assert tab.run("LISTS.services.body.children.length") == 1 and took < 1_000
+
+
+def test_the_page_outlives_its_daemon_and_goes_on_where_it_was(spawn, visit):
+    daemon = spawn().start()
+    tab = visit(daemon.port)
+    tab.shows("#state", "live")
+    daemon.kill()
+    tab.shows("#state", "trying again")
+    daemon.start()
+    daemon.wire.post("/claim", {"id": "after:that"})
+    tab.shows("#state", "live")
+    tab.shows("#services", "after:that")
+    assert tab.text("#events tbody").count("daemon.start") == 2
+    tab.trouble = [one for one in tab.trouble if "ERR_" not in str(one)]  # refused connections
+
+
+def test_the_page_asks_for_the_token_and_sends_it(server, wire, visit, monkeypatch):
+    came_in = port_daddy.gate
+
+    def wants_token(request):  # as a daemon with a token: the page is open, everything else is not
+        came_in(request)
+        if request.target != "/" and request.headers.get("authorization") != "Bearer open sesame":
+            raise PortDaddyError("TOKEN")
+
+    monkeypatch.setitem(port_daddy.PROBLEMS, "TOKEN", (401, 1, "the token is missing or wrong"))
+    monkeypatch.setitem(port_daddy.REASONS, 401, "Unauthorized")
+    monkeypatch.setattr(port_daddy, "gate", wants_token)
+    tab = visit(server.port)
+    for word, said in (("wrong", "wants its token"), ("open sesame", "That is not the token")):
+        tab.shows("#locked", said)
+        for letter in word:
+            tab.press(letter)
+        tab.press("Enter")
+    tab.shows("#state", "live")
+    assert not tab.run("document.querySelector('#locked').open")
+    assert tab.run("sessionStorage.getItem('token')") == "open sesame"
+    tab.trouble = [one for one in tab.trouble if "401" not in str(one)]
+
+
+# =====================================================================================================================
 # PROPERTIES — the same promises under dice
 # =====================================================================================================================
 
