@@ -9227,9 +9227,10 @@ function all() {
 function hear(part) {
   const {id, event, data} = Object.fromEntries(part.split("\n").map(line => line.split(/: (.*)/, 2)));
   if (event === "gap" || event === "reset") return restart();  // what is still known of it is in the log
+  if (event === "connected" && !cursor) begin(JSON.parse(data).lastId).catch(() => {});
   if (!id) return;
   cursor = id;
-  LISTS.events.fresh = [JSON.parse(data), ...LISTS.events.fresh].slice(0, 500);
+  remember([JSON.parse(data), ...LISTS.events.fresh]);
   TOUCHED[event.split(".")[0]].map(name => LISTS[name]).filter(one => one.load).forEach(soon);
   if (LISTS.webhooks.rows.length) soon(LISTS.webhooks);
 }
@@ -9239,11 +9240,24 @@ function restart() {
   stream.abort();
 }
 
+// The stream begins now, and the log is read then: nothing falls between. Older messages are left to their channels.
+async function begin(last) {
+  cursor = last;
+  LISTS.events.fresh = [];
+  const {entries} = await get("/activity?limit=200");
+  remember([...LISTS.events.fresh, ...entries]);
+  unfold();
+}
+
+function remember(entries) {
+  LISTS.events.fresh = [...new Map(entries.map(one => [one.id, one])).values()].slice(0, 500);
+}
+
+function unfold() {
+  if (!LISTS.events.paused) show(LISTS.events, LISTS.events.fresh);
+}
+
 async function listen() {
-  if (!cursor) {
-    LISTS.events.fresh = (await get("/activity?limit=200&type=*.*")).entries;
-    cursor = LISTS.events.fresh[0]?.id || 0;
-  }
   stream = new AbortController();
   const used = token, more = cursor ? {"Last-Event-ID": cursor} : {};
   const reply = await fetch("/events?type=*.*", {headers: headers(more), signal: stream.signal});
@@ -9255,7 +9269,7 @@ async function listen() {
     const parts = (rest + got.value).split("\n\n");
     rest = parts.pop();
     parts.forEach(hear);
-    if (!LISTS.events.paused) show(LISTS.events, LISTS.events.fresh);
+    unfold();
   }
 }
 
@@ -9298,7 +9312,7 @@ pauser.addEventListener("click", () => {
   events.paused = !events.paused;
   pauser.setAttribute("aria-pressed", events.paused);
   pauser.textContent = events.paused ? "Go on" : "Pause";
-  show(events, events.fresh);
+  unfold();
 });
 follow();
 </script>
