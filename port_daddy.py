@@ -8727,16 +8727,13 @@ h1, h2, p { margin: 0; font-size: inherit; }
 b, small, code, span { unicode-bidi: isolate; }  /* a name that turns the direction turns its own only */
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
 .ok { color: var(--ok); } .warn { color: var(--warn); } .bad { color: var(--bad); }
-.mute, small, th, nav a, #about { color: var(--mute); }
-a { color: var(--accent); text-underline-offset: 2px; }
+.mute, small, th, nav a, #about { color: var(--mute); } a { color: var(--accent); text-underline-offset: 2px; }
 code { font: .92em ui-monospace, "SF Mono", Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 header { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; align-items: center; gap: .4rem 1.1rem;
   padding: .6rem 1rem; background: var(--panel); border-bottom: 1px solid var(--line); }
-h1 { font-size: 1.1rem; }
-#filter { flex: 0 1 16rem; margin-left: auto; }
+h1 { font-size: 1.1rem; } #filter { flex: 0 1 16rem; margin-left: auto; }
 nav { display: flex; flex-wrap: wrap; flex-basis: 100%; gap: .1rem 1.1rem; }
-nav a:not(:hover, .bad) { text-decoration: none; }
-nav a:not(.bad) b { color: var(--ink); }
+nav a:not(:hover, .bad) { text-decoration: none; } nav a:not(.bad) b { color: var(--ink); }
 nav b, h2 small { margin-left: .4em; font-variant-numeric: tabular-nums; }
 #state, .pill { font-weight: 600; white-space: nowrap; }
 #state::before, .pill::before { content: ""; display: inline-block; width: .55em; height: .55em; margin-right: .4em;
@@ -8748,8 +8745,7 @@ main, main > div { display: grid; gap: .9rem; align-content: start; grid-templat
 .old main { opacity: .55; }
 section { background: var(--panel); border: 1px solid var(--line); border-radius: 7px; scroll-margin-top: 5.5rem; }
 .top { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .7rem; padding: .5rem .8rem; }
-h2 { margin-right: auto; font-size: 1rem; overflow-wrap: anywhere; outline: none; }
-h2 small { font-weight: 400; }
+h2 { margin-right: auto; font-size: 1rem; overflow-wrap: anywhere; outline: none; } h2 small { font-weight: 400; }
 .box { max-height: 27rem; overflow: auto; border-top: 1px solid var(--line); }
 .none { padding: .6rem .8rem .7rem; border-top: 1px solid var(--line); color: var(--mute); }
 .none code { color: var(--ink); }
@@ -8757,14 +8753,10 @@ table { width: 100%; border-collapse: collapse; }
 th, td { min-width: 5.5em; padding: .34rem .45rem; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 th { position: sticky; top: 0; background: var(--panel); font-weight: 500; font-size: .86em; }
 th, .number, .short, .act { min-width: 0; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.number, .short, .act { width: 1%; }
-.number, .act { text-align: right; }
-tbody td { border-top: 1px solid var(--soft); }
-td.act { padding-block: .2rem; }
-.lines tbody td { padding-block: .06rem; border: 0; }
+.number, .short, .act { width: 1%; } .number, .act { text-align: right; } tbody td { border-top: 1px solid var(--soft); }
+td.act { padding-block: .2rem; } .lines tbody td { padding-block: .06rem; border: 0; }
 :is(th, td):first-child { padding-left: .8rem; } :is(th, td):last-child { padding-right: .8rem; }
-td:first-child:not([class]) { min-width: 10em; }
-td small { display: block; }
+td:first-child:not([class]) { min-width: 10em; } td small { display: block; }
 .tag { display: inline-block; margin-right: .6em; }
 .bar { display: block; min-width: 6rem; height: 5px; margin-top: .25rem; border-radius: 3px; background: var(--line); }
 .bar::before { content: ""; display: block; height: 100%; border-radius: 3px; background: var(--accent);
@@ -8774,38 +8766,26 @@ td small { display: block; }
 button, input, textarea { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--mute);
   border-radius: 5px; padding: .3rem .55rem; }
 button { padding: .14rem .55rem; margin-left: .3rem; background: var(--soft); border-color: var(--line); cursor: pointer; }
-button:hover { border-color: var(--mute); }
-button.go { background: var(--accent); color: var(--panel); font-weight: 600; }
+button:hover { border-color: var(--mute); } button.go { background: var(--accent); color: var(--panel); font-weight: 600; }
 dialog { width: min(34rem, 100vw - 1.5rem); max-height: calc(100dvh - 2rem); padding: 0; color: inherit;
   background: var(--panel); border: 1px solid var(--line); border-radius: 9px; box-shadow: 0 12px 40px #0006; }
-dialog::backdrop { background: #000a; }
-#view { width: min(64rem, 100vw - 1.5rem); }
-#view section { border: 0; }
-#view .box { max-height: calc(100dvh - 17rem); }
-.text { display: grid; gap: .7rem; padding: 1rem 1.1rem; }
-.text :is(input, textarea) { width: 100%; }
-.text div { text-align: right; }
-.text button { padding: .35rem .9rem; }
+dialog::backdrop { background: #000a; } #view { width: min(64rem, 100vw - 1.5rem); } #view section { border: 0; }
+#view .box { max-height: calc(100dvh - 17rem); } .text { display: grid; gap: .7rem; padding: 1rem 1.1rem; }
+.text :is(input, textarea) { width: 100%; } .text div { text-align: right; } .text button { padding: .35rem .9rem; }
 #said { position: fixed; right: 1rem; bottom: 1rem; max-width: calc(100vw - 2rem); padding: .5rem .9rem; border-radius: 6px;
   background: var(--ink); color: var(--panel); overflow-wrap: anywhere; }
 #said:empty, p:empty, [hidden] { display: none; }
 @media (max-width: 700px) {  /* a row becomes a card that says beside each value what it is */
-  header { position: static; }
-  #filter { flex: 1 1 100%; }
-  main { padding: .6rem .6rem 2rem; }
-  .box { max-height: 75vh; }
+  header { position: static; } #filter { flex: 1 1 100%; } main { padding: .6rem .6rem 2rem; } .box { max-height: 75vh; }
   thead { display: block; position: absolute; width: 1px; height: 1px; overflow: hidden; }
   table, tbody, tbody tr { display: block; }
   tbody tr { padding: .45rem .8rem; content-visibility: auto; contain-intrinsic-size: auto 10rem; }
   tr + tr { border-top: 1px solid var(--line); }
   tbody td:nth-child(n) { display: grid; grid-template-columns: 6.8rem minmax(0, 1fr); width: auto; padding: .1rem 0;
     border: 0; text-align: left; white-space: normal; }
-  td::before { content: attr(data-name); color: var(--mute); }
-  td > * { grid-column: 2; justify-self: start; }
-  td .bar { justify-self: stretch; }
-  tbody td.act:nth-child(n) { display: flex; padding-top: .35rem; }
-  td.act::before, tbody td:empty:nth-child(n) { display: none; }
-  td button { margin: 0 .4rem 0 0; padding: .4rem .9rem; }
+  td::before { content: attr(data-name); color: var(--mute); } td > * { grid-column: 2; justify-self: start; }
+  td .bar { justify-self: stretch; } tbody td.act:nth-child(n) { display: flex; padding-top: .35rem; }
+  td.act::before, tbody td:empty:nth-child(n) { display: none; } td button { margin: 0 .4rem 0 0; padding: .4rem .9rem; }
 }
 </style>
 <header>
@@ -8873,14 +8853,17 @@ const services = async () => {
   const known = new Map(checks.services.map(one => [one.id, one]));
   return listed.services.map(one => ({...known.get(one.id), ...one}));
 };
+const letters = new Map();  // the dead of each channel, which may be large, and what its groups were like just then
 const channels = async () => {
   const {channels} = await get("/channels"), latest = [...channels].sort((one, other) => other.lastId - one.lastId);
   const found = await Promise.all(latest.slice(0, 200).map(async ({channel}) => {  // a request each
-    const {groups} = await get(`/msg/${enc(channel)}/groups`), dead = groups.some(one => one.dead);
-    return [groups.map(one => ({channel, ...one})), dead ? (await get(`/msg/${enc(channel)}/dead`)).messages : []];
+    const {groups} = await get(`/msg/${enc(channel)}/groups`), now = JSON.stringify(groups);
+    if (letters.get(channel)?.now !== now) letters.set(channel, {
+      now, dead: groups.some(one => one.dead) ? (await get(`/msg/${enc(channel)}/dead`)).messages : []});
+    return groups.map(one => ({channel, ...one}));
   }));
-  show(LISTS.queues, found.flatMap(([groups]) => groups));
-  show(LISTS.dead, found.flatMap(([, dead]) => dead));
+  show(LISTS.queues, found.flat());
+  show(LISTS.dead, latest.flatMap(({channel}) => letters.get(channel)?.dead || []));
   return channels;
 };
 const webhooks = async () => Promise.all((await get("/webhooks")).webhooks.map(async one => {
@@ -9227,11 +9210,11 @@ function all() {
 function hear(part) {
   const {id, event, data} = Object.fromEntries(part.split("\n").map(line => line.split(/: (.*)/, 2)));
   if (event === "gap" || event === "reset") return restart();  // what is still known of it is in the log
-  if (event === "connected" && !cursor) begin(JSON.parse(data).lastId).catch(() => {});
+  if (event === "connected" && !cursor) begin(JSON.parse(data).lastId).catch(restart);
   if (!id) return;
   cursor = id;
   remember([JSON.parse(data), ...LISTS.events.fresh]);
-  TOUCHED[event.split(".")[0]].map(name => LISTS[name]).filter(one => one.load).forEach(soon);
+  (TOUCHED[event.split(".")[0]] || []).map(name => LISTS[name]).filter(one => one.load).forEach(soon);
   if (LISTS.webhooks.rows.length) soon(LISTS.webhooks);
 }
 
@@ -9280,7 +9263,8 @@ async function follow() {
       await listen();
       state("bad", "the daemon has gone; trying again");
     } catch (problem) {
-      if (!unlocked && problem.name !== "AbortError") state("bad", "no daemon answers; trying again");
+      const said = problem instanceof TypeError ? "no daemon answers" : problem.message;  // a TypeError: no reply
+      if (!unlocked && problem.name !== "AbortError") state("bad", said + "; trying again");
     }
     await unlocked;
     unlocked = null;
@@ -9289,7 +9273,7 @@ async function follow() {
 
 document.addEventListener("visibilitychange", () => { if (document.hidden) restart(); });
 setInterval(tick, 1000);
-setInterval(() => {
+const slow = setInterval(() => {
   if (document.hidden || $("state").className !== "ok") return;
   if (Date.now() - heard > 20000) stream.abort();  // even an idle stream says something every 15 s
   all();
