@@ -8772,9 +8772,9 @@ dialog { width: min(34rem, 100vw - 1.5rem); max-height: calc(100dvh - 2rem); pad
 dialog::backdrop { background: #000a; } #view { width: min(64rem, 100vw - 1.5rem); } #view section { border: 0; }
 #view .box { max-height: calc(100dvh - 17rem); } .text { display: grid; gap: .7rem; padding: 1rem 1.1rem; }
 .text :is(input, textarea) { width: 100%; } .text div { text-align: right; } .text button { padding: .35rem .9rem; }
-#said { position: fixed; right: 1rem; bottom: 1rem; max-width: calc(100vw - 2rem); padding: .5rem .9rem; border-radius: 6px;
+#said { inset: auto 1rem 1rem auto; max-width: calc(100vw - 2rem); padding: .5rem .9rem; border: 0; border-radius: 6px;
   background: var(--ink); color: var(--panel); overflow-wrap: anywhere; }
-#said:empty, p:empty, [hidden] { display: none; }
+p:empty, [hidden] { display: none; }
 @media (max-width: 700px) {  /* a row becomes a card that says beside each value what it is */
   header { position: static; } #filter { flex: 1 1 100%; } main { padding: .6rem .6rem 2rem; } .box { max-height: 75vh; }
   thead { display: block; position: absolute; width: 1px; height: 1px; overflow: hidden; }
@@ -8807,7 +8807,7 @@ dialog::backdrop { background: #000a; } #view { width: min(64rem, 100vw - 1.5rem
 <p>It was started with a token, and answers to nobody without. This tab keeps it until it is closed.</p>
 <label>Token <input id="token" type="password" autocomplete="off" required></label>
 <p id="wrong" class="bad" role="alert"></p><div><button class="go">Open</button></div></form></dialog>
-<output id="said"></output>
+<output id="said" popover="manual"></output>
 <script>
 "use strict";
 const $ = id => document.getElementById(id), enc = encodeURIComponent;
@@ -9102,9 +9102,11 @@ $("yes").addEventListener("click", async () => {
 });
 
 function tell(text) {
+  $("said").hidePopover();  // and above whatever dialog is open by now
   $("said").textContent = text;
+  $("said").showPopover();
   clearTimeout(tell.timer);
-  tell.timer = setTimeout(() => { $("said").textContent = ""; }, 6000);
+  tell.timer = setTimeout(() => $("said").hidePopover(), 6000);
 }
 
 async function view(one, ...more) {
