@@ -9259,7 +9259,7 @@ async function listen() {
 }
 
 async function follow() {
-  for (;; await pause(cursor ? 1000 : 50)) {
+  for (;; await pause(1000)) {
     if (document.hidden) await new Promise(seen => document.addEventListener("visibilitychange", seen, {once: true}));
     try {
       await listen();
