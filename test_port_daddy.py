@@ -7953,26 +7953,16 @@ def test_the_page_outlives_its_daemon_and_goes_on_where_it_was(spawn, visit):
     tab.trouble = [one for one in tab.trouble if "ERR_" not in str(one)]  # refused connections
 
 
-def test_the_page_asks_for_the_token_and_sends_it(server, wire, visit, monkeypatch):
-    came_in = port_daddy.gate
-
-    def wants_token(request):  # as a daemon with a token: the page is open, everything else is not
-        came_in(request)
-        if request.target != "/" and request.headers.get("authorization") != "Bearer open sesame":
-            raise PortDaddyError("TOKEN")
-
-    monkeypatch.setitem(port_daddy.PROBLEMS, "TOKEN", (401, 1, "the token is missing or wrong"))
-    monkeypatch.setitem(port_daddy.REASONS, 401, "Unauthorized")
-    monkeypatch.setattr(port_daddy, "gate", wants_token)
-    tab = visit(server.port)
-    for word, said in (("wrong", "wants its token"), ("open sesame", "That is not the token")):
+def test_the_page_asks_for_the_token_and_sends_it(make_server, visit):
+    tab = visit(make_server(PORT_DADDY_TOKEN="open-sesame").port)
+    for word, said in (("wrong", "wants its token"), ("open-sesame", "That is not the token")):
         tab.shows("#locked", said)
         for letter in word:
             tab.press(letter)
         tab.press("Enter")
     tab.shows("#state", "live")
     assert not tab.run("document.querySelector('#locked').open")
-    assert tab.run("sessionStorage.getItem('token')") == "open sesame"
+    assert tab.run("sessionStorage.getItem('token')") == "open-sesame"
     tab.trouble = [one for one in tab.trouble if "401" not in str(one)]
 
 
