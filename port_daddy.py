@@ -499,8 +499,10 @@ HttpUrl = Annotated[str, url_of("http|https")]
 EndpointUrl = Annotated[str, url_of("http|https|ws|wss")]
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern with * (any run of characters, colons included) covers a name; as GLOB does in the store."""
+def matches(pattern: Optional[str], name: str) -> bool:
+    """Whether a pattern with * (any run of characters, colons included) covers a name; in SQL it is GLOB."""
+    if pattern is None or pattern == "*":
+        return pattern is not None
     first, *rest = pattern.split("*")
     if not rest or not name.startswith(first):
         return name == pattern
@@ -942,6 +944,7 @@ class Store:
         self.trouble: Optional[str] = None  # why the last transaction could not be written
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
         self._db.row_factory = sqlite3.Row
+        self._db.create_function("glob", 2, matches, deterministic=True)  # SQLite's own takes for ever on many stars
         try:
             self._open(path, now)
             self.tag = str(self.meta("tag"))
@@ -2122,19 +2125,23 @@ def check_target(url: str, own_port: int, private: bool = True, by_name: bool = 
     return addresses
 
 
+GONE = -1  # as a user: the process has closed its end
+
+
 def peer_user(connection: socket.socket) -> Optional[int]:
-    """The user whose process is at the other end of a connection inside this machine; None when the kernel does not
-    know: on another system, for another machine, and for a process that has closed its end (older kernels: root's)."""
+    """The user whose process is at the other end of a connection inside this machine; GONE when nobody is any more; None
+    when the kernel does not know such a socket: on another system, and for another machine."""
     if not LINUX:
         return None
     (theirs, their_port), (ours, our_port) = connection.getpeername()[:2], connection.getsockname()[:2]
     addresses = (socket.inet_pton(connection.family, address).ljust(16, b"\0") for address in (theirs, ours))
-    which = struct.pack(">HH16s16s", their_port, our_port, *addresses) + struct.pack("=III", 0, 2 ** 32 - 1, 2 ** 32 - 1)
-    try:
+    which = struct.pack(">HH16s16s", their_port, our_port, *addresses)  # struct inet_diag_sockid …
+    try:  # … on the loopback device: who has bound his socket to it is found by that only
+        which += struct.pack("=III", socket.if_nametoindex("lo"), 2 ** 32 - 1, 2 ** 32 - 1)
         query = struct.pack("=BBBBI", connection.family, socket.IPPROTO_TCP, 0, 0, 2 ** 32 - 1)  # struct inet_diag_req_v2
         for found in sock_diag(20, 0x001, query + which):  # SOCK_DIAG_BY_FAMILY
             user, inode = struct.unpack_from("=II", found, 64)
-            return user if inode else None
+            return user if inode else GONE  # what is left of a socket that was closed is root's, to older kernels
     except OSError as error:
         raise_if_short(error)
     return None
@@ -2290,10 +2297,10 @@ def remove_file(path: str) -> None:
 
 
 def file_owner(path: str) -> tuple[int, int, int]:
-    """The mode and the owner of a file, and the owner of its folder."""
+    """The mode and the owner of a file, and the owner of its folder; a link's owner is who made the link."""
     with blamed("NOT_FOUND", f"{path} cannot be read"):
         found = os.stat(path)
-        return found.st_mode, found.st_uid, os.stat(os.path.dirname(path) or ".").st_uid
+        return found.st_mode, os.lstat(path).st_uid, os.stat(os.path.dirname(path) or ".").st_uid
 
 
 def file_hash(path: str) -> str:
@@ -4215,7 +4222,7 @@ class Gate:
     @staticmethod
     def check_peer(connection: socket.socket) -> None:
         user = peer_user(connection)
-        if user is None and not has_peer(connection):
+        if user == GONE or user is None and not has_peer(connection):
             raise AskerGone  # who has closed its end has no name any more, and wants no answer
         if user not in (None, 0, os.geteuid()):
             raise PortDaddyError("PEER_NOT_ALLOWED")
@@ -4223,7 +4230,7 @@ class Gate:
     def check_token(self, said: str) -> None:
         import hmac
         scheme, _, token = said.partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode("latin-1"), self.token):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip(" \t").encode("latin-1"), self.token):
             raise PortDaddyError("UNAUTHORIZED")
 
 
@@ -4521,26 +4528,26 @@ class Connection:
 
     def read_chunks(self, deadline: float) -> bytes:
         """A body in chunks (RFC 9112, 7.1), without extensions and trailers, of which we know none."""
-        raw, begin, size, total, parts = bytearray(self.buffer), 0, -1, 0, []
+        raw, begin, size, body = bytearray(self.buffer), 0, -1, bytearray()
         while size:
             end = raw.find(b"\r\n", begin, begin + 10)
             if end >= 0 and re.fullmatch(rb"[0-9A-Fa-f]+", raw[begin:end]):
                 size = int(raw[begin:end], 16)
-                total, after = total + size, end + 2 + size + 2
-                if total > MAX_BODY or after > 2 * MAX_BODY:
+                after = end + 2 + size + 2
+                if len(body) + size > MAX_BODY or after > 2 * MAX_BODY:
                     raise too_large()
                 while len(raw) < after:
                     raw += self.receive_more(deadline)
                 if raw[after - 2:after] != b"\r\n":
                     raise PortDaddyError("BAD_REQUEST", "a chunk must end where its size says, and nothing follow the last")
-                parts.append(raw[end + 2:after - 2])
+                body += raw[end + 2:after - 2]
                 begin = after
             elif end >= 0 or len(raw) - begin >= 10:
                 raise PortDaddyError("BAD_REQUEST", "a chunk must begin with its size in hexadecimal and CR LF")
             else:
                 raw += self.receive_more(deadline)
         self.buffer = bytes(raw[begin:])
-        return b"".join(parts)
+        return bytes(body)
 
     def run(self, request: Request, body: bytes, asker: HttpAsker) -> Union[Reply, Page, Stream]:
         """Find the operation, bind its fields, and ask the daemon."""
@@ -4820,7 +4827,7 @@ IDLE_AT_MOST = 10.0  # seconds: the daemon closes at 15
 class Link:
     """One kept-alive connection to the daemon: a request, a reply, or a stream."""
 
-    def __init__(self, url: str, timeout: float, instance: Optional[str] = None) -> None:
+    def __init__(self, url: str, timeout: float, instance: Optional[str] = None, peer_check: bool = True) -> None:
         scheme, host, port, _ = split_url(url)
         if scheme != "http":
             raise PortDaddyError("BAD_VALUE", f"the daemon speaks http, not {scheme}; check PORT_DADDY_URL")
@@ -4834,7 +4841,8 @@ class Link:
             self.send("GET", "/", {}, b"")  # which wants no token
             status, headers = self.read_head(timeout)
             self.read_bytes(headers, timeout)
-            if status == 403:
+            # The instance is no secret. Who serves us must be us or root; that is known once he has accepted.
+            if status == 403 or peer_check and peer_user(self.socket) not in (None, GONE, 0, os.geteuid()):
                 raise DaemonUnreachable(f"the Port Daddy at {url} is another user's", foreign=True)
             if instance and not headers["server"].endswith(f"instance/{instance}"):
                 raise DaemonUnreachable(f"what answers at {url} is another folder's Port Daddy; ours has died there")
@@ -4954,7 +4962,7 @@ class Caller(Closing):
             link.close()
         try:
             url, instance = (self.url, None) if self.url else find_url(self.settings)
-            return Link(url, self.timeout / 1000, instance)
+            return Link(url, self.timeout / 1000, instance, self.settings.peer_check)
         except DaemonUnreachable:
             if not self.autostart or self.url or not start:
                 raise

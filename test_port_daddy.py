@@ -4605,28 +4605,80 @@ SECOND_USER = pytest.mark.skipif(os.geteuid() != 0 or not LINUX, reason="only ro
 
 
 @SECOND_USER
-@pytest.mark.parametrize("ending", ["reads the answer", "closes at once", "resets at once"])
+@pytest.mark.parametrize("ending", ["reads the answer", "reads it on the device", "closes at once", "resets at once",
+                                    "closes behind much data"])
 def test_another_user_of_the_machine_gets_nothing(server, wire, ending, children):
     code = """
 import socket, struct, sys
 port, ending = int(sys.argv[1]), sys.argv[2]
 for method in ("POST /claim", "GET /health", "DELETE /msg/a", "OPTIONS /claim", "BREW /claim"):
-    line = socket.create_connection(("127.0.0.1", port))
+    line = socket.socket()
+    if ending == "reads it on the device":
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\\0")
+    line.connect(("127.0.0.1", port))
     body = b'{"id":"a"}' if method.startswith("POST") else b""
     line.sendall(f"{method} HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n".encode() + body)
+    if ending == "closes behind much data":
+        line.setblocking(False)
+        try:
+            while line.send(b"x" * 65536):
+                pass
+        except BlockingIOError:
+            pass
     if ending == "resets at once":
         line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    if ending == "reads the answer":
+    if ending.startswith("reads"):
         print(line.recv(65536).decode("latin-1").replace("\\r\\n", " "))
     line.close()
 """
-    for _ in range(1 if ending == "reads the answer" else 40):
+    for _ in range(1 if ending.startswith("reads") else 20):
         done = subprocess.run(["python3", "-c", code, str(server.port), ending], user=NOBODY, group=NOBODY, timeout=30,
                               capture_output=True, text=True, cwd="/", env={"PATH": os.environ["PATH"]}, check=True)
-    if ending == "reads the answer":
+    if ending.startswith("reads"):
         lines = done.stdout.splitlines()
         assert len(lines) == 5 and all(" 403 " in line and "PEER_NOT_ALLOWED" in line for line in lines), done.stdout
     assert wire.get("/services")["count"] == 0 and wire.get("/activity")["count"] == 1  # daemon.start
+
+
+@SECOND_USER
+def test_a_client_is_not_served_by_another_user_who_took_the_port(spawned):
+    """A daemon that was killed leaves its card; whoever binds its port knows its instance, which is no secret."""
+    spawned.wire.get("/health")
+    card = json.loads((spawned.home / "daemon.json").read_text())
+    spawned.kill()
+    code = f"""
+import http.server
+class Impostor(http.server.BaseHTTPRequestHandler):
+    protocol_version, server_version, sys_version = "HTTP/1.1", "port-daddy/1.0.0 protocol/1", "instance/{card['instance']}"
+    def do_GET(self):
+        print(self.command, self.headers.get("Authorization"), flush=True)
+        self.send_response(200); self.send_header("Content-Length", "16"); self.end_headers()
+        self.wfile.write(b'{{"success": true}}'[:16].ljust(16))
+    do_POST = do_GET
+    log_message = lambda *_: None
+server = http.server.ThreadingHTTPServer(("127.0.0.1", {spawned.port}), Impostor)
+print("ready", flush=True); server.serve_forever()
+"""
+    impostor = subprocess.Popen(["python3", "-c", code], user=NOBODY, group=NOBODY, stdout=subprocess.PIPE, text=True,
+                                cwd="/", env={"PATH": os.environ["PATH"]}, start_new_session=True)
+    try:
+        assert read_line(impostor.stdout) == "ready\n"
+        command = CommandLine(PORT_DADDY_HOME=spawned.home, PORT_DADDY_URL=spawned.url, PORT_DADDY_TOKEN=GATE_TOKEN)
+        refused = command("lock", "deploy", "--owner", "me")
+        assert refused.returncode == 6 and "another user" in refused.stderr, refused
+        assert read_line(impostor.stdout) == "GET None\n"
+    finally:
+        end(impostor)
+
+
+def test_a_pattern_of_many_stars_holds_nobody_up(server, wire):
+    wire.post("/locks/" + "a" * 100, {"owner": "x"})
+    wire.post("/claim", {"id": "a" * 64})
+    wire.post("/msg/" + "a" * 100, {"payload": 1})
+    pattern = "*a" * 30 + "*b"
+    for path in (f"/locks?pattern={pattern}", f"/services?pattern={pattern}", f"/activity?target={pattern}",
+                 f"/msg/{pattern}/poll?after=0&timeout=0"):
+        assert wire.get(path, timeout=10).status == 200
 
 
 @SECOND_USER
@@ -10504,18 +10556,25 @@ DEFECTS = [
     ("an origin by its beginning", "origin != f\"http://{headers.get('host')}\"", 'not origin.startswith("http://local")',
      "gate_is_the_model"),
     ("a link to any page", "if not (request.front and link):", "if not link:", "gate_is_the_model"),
-    ("a token by its beginning", 'hmac.compare_digest(token.strip().encode("latin-1"), self.token)',
+    ("a token by its beginning", 'hmac.compare_digest(token.strip(" \\t").encode("latin-1"), self.token)',
      'self.token.startswith(token.strip().encode("latin-1"))', "without_it"),
     ("HEAD without a token", 'self.token and request.method != "OPTIONS"',
      'self.token and request.method not in ("OPTIONS", "HEAD")', "gate_is_the_model"),
     ("everybody may read", 'return "" if not allowed else', 'return "" if not origin else', "allowed_origin"),
-    ("who has gone may come in", "if user is None and not has_peer(connection):", "if False:", "another_user"),
+    ("who has gone may come in", "if user == GONE or user is None and not has_peer(connection):", "if False:",
+     "gets_nothing"),
+    ("a closed socket says nothing", "return user if inode else GONE", "return user if inode else None", "gets_nothing"),
+    ("a device hides its user", 'socket.if_nametoindex("lo")', "0", "gets_nothing"),
+    ("patterns that take for ever", 'self._db.create_function("glob", 2, matches, deterministic=True)', "pass",
+     "many_stars"),
+    ("whoever serves is ours", "peer_user(self.socket) not in (None, GONE, 0, os.geteuid()):", "False:", "served_by"),
     ("every user is ours", "if user not in (None, 0, os.geteuid()):", "if user == -1:", "another_user"),
     ("two lengths", 'SINGLE = ("host", "content-length", ', 'SINGLE = ("host", ', "frame_that or malformed"),
     ("a blank before the colon", 'TOKEN + rb":[', 'TOKEN + rb" ?:[', "frame_that or malformed"),
     ("a length and chunks", "and (length is not None or version", "and (version", "frame_that or malformed"),
     ("chunks without an end", 'if raw[after - 2:after] != b"\\r\\n":', "if False:", "chunked_body or malformed"),
-    ("a body without a limit", "if total > MAX_BODY or after > 2 * MAX_BODY:", "if total > 2 ** 40:", "chunked_body"),
+    ("a body without a limit", "if len(body) + size > MAX_BODY or after > 2 * MAX_BODY:", "if len(body) > 2 ** 40:",
+     "chunked_body"),
     ("time for each byte", "if not began:\n                self.idle_since", "if True:\n                self.idle_since",
      "whole_of_it"),
     ("C1 on the terminal", "\\x7f-\\x9f\\u200b", "\\x7f\\u200b", "to_a_terminal"),
