@@ -107,7 +107,7 @@ PROBLEMS: dict[str, tuple[int, int, str]] = {  # code: (HTTP status, exit status
     "TARGET_REFUSED": (400, 2, "that address is never called"),
     "UNAUTHORIZED": (401, 1, "this daemon wants its token: set PORT_DADDY_TOKEN, or send Authorization: Bearer <token>"),
     "PEER_NOT_ALLOWED": (403, 1, "this daemon serves another user of this machine; start one of your own"),
-    "HOST_NOT_ALLOWED": (403, 1, "the Host header names another machine; use localhost or 127.0.0.1"),
+    "HOST_NOT_ALLOWED": (403, 1, "the Host header names another machine; use localhost, or set PORT_DADDY_ALLOWED_HOSTS"),
     "ORIGIN_NOT_ALLOWED": (403, 1, "web pages of other origins may not use this daemon"),
     "CROSS_SITE": (403, 1, "web pages of other sites may not use this daemon"),
     "NOT_OWNER": (403, 4, "somebody else holds it"),
@@ -212,9 +212,11 @@ def maybe_json(value: Any) -> Optional[str]:
 
 
 def printable(text: str) -> str:
-    """Text that can do nothing to a terminal: C0, C1, bidirectional and zero-width controls become \\u escapes."""
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
-                  lambda found: f"\\u{ord(found.group()):04x}", text)
+    """Text that can do nothing to a terminal: C0, C1, bidirectional and invisible controls become \\u escapes, as JSON has
+    them."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+                  "\U000e0000-\U000e007f]",
+                  lambda found: re.sub("(....)", r"\\u\1", found.group().encode("utf-16-be").hex()), text)
 
 
 def span(milliseconds: float) -> str:
@@ -2091,7 +2093,7 @@ def is_address(host: str) -> bool:
     return False
 
 
-METADATA = ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254")  # of clouds, and not link-local
+METADATA = ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")  # of clouds
 
 
 def check_target(url: str, own_port: int, private: bool = True, by_name: bool = True) -> list[tuple[Any, ...]]:
@@ -2111,7 +2113,7 @@ def check_target(url: str, own_port: int, private: bool = True, by_name: bool = 
     for *_, address in addresses:
         ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
         if isinstance(ip, ipaddress.IPv6Address):
-            nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
+            nat64 = any(ip in ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48"))
             ip = ip.ipv4_mapped or ip.sixtofour or (ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if nat64 else ip)
         if ip.is_link_local or ip.is_multicast or ip.is_unspecified or str(ip) in ("255.255.255.255", *METADATA):
             raise PortDaddyError("TARGET_REFUSED", f"{host} leads to {ip}, a link-local, metadata, multicast or "
@@ -2126,6 +2128,7 @@ def check_target(url: str, own_port: int, private: bool = True, by_name: bool = 
 
 
 GONE = -1  # as a user: the process has closed its end
+LOOPBACK = 1  # the number of the device lo, in every network namespace
 
 
 def peer_user(connection: socket.socket) -> Optional[int]:
@@ -2134,14 +2137,15 @@ def peer_user(connection: socket.socket) -> Optional[int]:
     if not LINUX:
         return None
     (theirs, their_port), (ours, our_port) = connection.getpeername()[:2], connection.getsockname()[:2]
-    addresses = (socket.inet_pton(connection.family, address).ljust(16, b"\0") for address in (theirs, ours))
-    which = struct.pack(">HH16s16s", their_port, our_port, *addresses)  # struct inet_diag_sockid …
-    try:  # … on the loopback device: who has bound his socket to it is found by that only
-        which += struct.pack("=III", socket.if_nametoindex("lo"), 2 ** 32 - 1, 2 ** 32 - 1)
-        query = struct.pack("=BBBBI", connection.family, socket.IPPROTO_TCP, 0, 0, 2 ** 32 - 1)  # struct inet_diag_req_v2
-        for found in sock_diag(20, 0x001, query + which):  # SOCK_DIAG_BY_FAMILY
+    ends = struct.pack(">HH", their_port, our_port) + b"".join(
+        socket.inet_pton(connection.family, address).ljust(16, b"\0") for address in (theirs, ours))
+    try:  # as of the device lo, or who has bound his socket to that would not be found
+        query = struct.pack("=BBBBI36sIII", connection.family, socket.IPPROTO_TCP, 0, 0, 2 ** 32 - 1, ends,
+                            LOOPBACK, 2 ** 32 - 1, 2 ** 32 - 1)  # struct inet_diag_req_v2
+        for found in sock_diag(20, 0x001, query):  # SOCK_DIAG_BY_FAMILY
             user, inode = struct.unpack_from("=II", found, 64)
-            return user if inode else GONE  # what is left of a socket that was closed is root's, to older kernels
+            if found[4:40] == ends:  # and not a listener on the port, which is found when there is no connection
+                return user if inode else GONE  # what is left of a socket that was closed is root's, to older kernels
     except OSError as error:
         raise_if_short(error)
     return None
@@ -2240,6 +2244,9 @@ def open_home(path: str) -> None:
         found = os.stat(path)
         if found.st_uid != os.geteuid():
             raise PortDaddyError("INTERNAL", f"{path} belongs to another user; set PORT_DADDY_HOME to a folder of yours")
+        if found.st_mode & 0o022 and os.listdir(path):
+            raise PortDaddyError("INTERNAL", f"others may write into {path}, and may have put something there: empty it, "
+                                 "or set PORT_DADDY_HOME to a folder of yours")
         if stat.S_IMODE(found.st_mode) & 0o077:
             os.chmod(path, stat.S_IMODE(found.st_mode) & 0o700)
 
@@ -2296,11 +2303,19 @@ def remove_file(path: str) -> None:
         os.unlink(path)
 
 
-def file_owner(path: str) -> tuple[int, int, int]:
-    """The mode and the owner of a file, and the owner of its folder; a link's owner is who made the link."""
+def file_owner(path: str) -> tuple[int, int]:
+    """The mode and the owner of a file or a folder."""
     with blamed("NOT_FOUND", f"{path} cannot be read"):
         found = os.stat(path)
-        return found.st_mode, os.lstat(path).st_uid, os.stat(os.path.dirname(path) or ".").st_uid
+        return found.st_mode, found.st_uid
+
+
+def file_owners(path: str) -> tuple[bool, set[int]]:
+    """Whether everybody may write a file, or replace it; and who owns it: the file, the link that it may be, its folder."""
+    with blamed("NOT_FOUND", f"{path} cannot be read"):
+        found, folder = os.stat(path), os.stat(os.path.dirname(path) or ".")
+        replaceable = folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX
+        return bool(found.st_mode & stat.S_IWOTH or replaceable), {found.st_uid, os.lstat(path).st_uid, folder.st_uid}
 
 
 def file_hash(path: str) -> str:
@@ -4185,12 +4200,9 @@ class Gate:
         self.origins = frozenset(settings.allowed_origins.split(",")) - {""}
         self.token, self.peer_check = settings.token.encode(), settings.peer_check
 
-    def check(self, request: Request, connection: socket.socket, first: bool) -> str:
-        """Refuse, or give the headers with which a page of an allowed origin may read the answer. The user at the other
-        end is asked for once, with the `first` request of a connection."""
+    def check(self, request: Request) -> str:
+        """Refuse, or give the headers with which a page of an allowed origin may read the answer."""
         headers, origin = request.headers, request.headers.get("origin")
-        if first and self.peer_check:
-            self.check_peer(connection)
         self.check_host(request)
         allowed = origin in self.origins
         if origin is not None and not allowed and origin != f"http://{headers.get('host')}":
@@ -4219,9 +4231,9 @@ class Gate:
             if not found or found.group(1).lower() not in self.names:
                 raise PortDaddyError("HOST_NOT_ALLOWED")
 
-    @staticmethod
-    def check_peer(connection: socket.socket) -> None:
-        user = peer_user(connection)
+    def check_peer(self, connection: socket.socket) -> None:
+        """Once for each connection, before anything is read from it: nobody else can take up our time."""
+        user = peer_user(connection) if self.peer_check else None
         if user == GONE or user is None and not has_peer(connection):
             raise AskerGone  # who has closed its end has no name any more, and wants no answer
         if user not in (None, 0, os.geteuid()):
@@ -4433,13 +4445,15 @@ class Connection:
         self.close_after, self.bodiless, self.granted = True, False, ""  # until the whole request has been read
         asker: Optional[HttpAsker] = None
         try:
+            if not self.known:
+                self.server.gate.check_peer(self.socket)
+                self.known = True
             head = self.read_head()
             if head is None:
                 return False
             request = parse_head(head)
             self.bodiless = request.method == "HEAD"
-            self.granted = self.server.gate.check(request, self.socket, not self.known)
-            self.known = True
+            self.granted = self.server.gate.check(request)
             body = self.read_body(request)
             self.close_after = request.last or self.server.stopping
             asker = HttpAsker(self, request.headers)
@@ -4462,9 +4476,9 @@ class Connection:
 
     def read_head(self) -> Optional[bytes]:
         """The bytes up to the blank line; None when the connection ended, or was idle too long, before a first byte."""
-        deadline = time.monotonic() + (HEAD_TIMEOUT if self.buffer else IDLE_TIMEOUT)
+        deadline, seen = time.monotonic() + (HEAD_TIMEOUT if self.buffer else IDLE_TIMEOUT), 0
         while True:
-            end = self.buffer.find(b"\r\n\r\n")
+            end = self.buffer.find(b"\r\n\r\n", max(0, seen - 3))
             if end >= 0 and end + 4 <= MAX_HEAD:
                 head, self.buffer = self.buffer[:end + 4], self.buffer[end + 4:]
                 if head.find(b"\r\n") > MAX_LINE:
@@ -4476,9 +4490,10 @@ class Connection:
                 raise PortDaddyError("URI_TOO_LONG")
             if len(self.buffer) > MAX_HEAD:
                 raise PortDaddyError("HEADERS_TOO_LARGE")
-            if self.buffer and re.search(rb"(?<!\r)\n|\r(?!\n|\Z)|\0", self.buffer):  # no blank line would ever come
+            fresh = self.buffer[seen - (self.buffer[seen - 1:seen] == b"\r"):]
+            if fresh and re.search(rb"(?<!\r)\n|\r(?!\n|\Z)|\0", fresh):  # no blank line would ever come
                 raise PortDaddyError("BAD_REQUEST", "lines must end with CR LF, and hold neither of them nor NUL")
-            began = bool(self.buffer)
+            began, seen = bool(self.buffer), len(self.buffer)
             if not self.receive(deadline):
                 if began:
                     raise PortDaddyError("BAD_REQUEST", "the request ended, or took too long, before its blank line")
@@ -4507,7 +4522,8 @@ class Connection:
         if length == 0:
             return b""
         deadline = time.monotonic() + BODY_TIMEOUT
-        if (length is None or length > len(self.buffer)) and request.headers.get("expect", "").lower() == "100-continue":
+        if (length is None or length > len(self.buffer)) and request.version == 1 and (
+                request.headers.get("expect", "").lower() == "100-continue"):
             self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length is None:
             return self.read_chunks(deadline)
@@ -4700,8 +4716,7 @@ class Server:
 
     def say_stop(self) -> None:
         with contextlib.suppress(PortDaddyError), self.daemon.write() as tx:
-            tx.emit("daemon.stop", "daemon", signal=self.reason, version=__version__,
-                    uptime=tx.now.awake - self.daemon.started.awake)
+            tx.emit("daemon.stop", "daemon", signal=self.reason, version=__version__, uptime=uptime(self.daemon))
 
     def admit(self, connection: socket.socket) -> Optional[Connection]:
         """A connection that may come in. When all are taken, the longest idle one goes; None when there is none."""
@@ -4834,13 +4849,17 @@ class Link:
         try:
             self.socket = dial(resolve(host, port), timeout)
         except DaemonUnreachable as problem:
-            raise DaemonUnreachable(f"no daemon answers at {url} ({problem}); start one with: {PROGRAM} start") from None
+            cure = f"start one with: {PROGRAM} start" if url != os.environ.get("PORT_DADDY_URL") else (
+                "start it there, or unset PORT_DADDY_URL")
+            raise DaemonUnreachable(f"no daemon answers at {url} ({problem}); {cure}") from None
         self.host = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.url, self.buffer, self.used, self.pid, self.timeout = url, b"", time.monotonic(), os.getpid(), timeout
         try:  # nothing of ours is sent before it is certain that a Port Daddy listens, and not whoever took its port
             self.send("GET", "/", {}, b"")  # which wants no token
             status, headers = self.read_head(timeout)
-            self.read_bytes(headers, timeout)
+            said = self.read_bytes(headers, timeout)
+            if status == 403 and b"PEER_NOT_ALLOWED" not in said:
+                raise problem_from_reply(status, json.loads(said))
             # The instance is no secret. Who serves us must be us or root; that is known once he has accepted.
             if status == 403 or peer_check and peer_user(self.socket) not in (None, GONE, 0, os.geteuid()):
                 raise DaemonUnreachable(f"the Port Daddy at {url} is another user's", foreign=True)
@@ -4982,7 +5001,8 @@ class Caller(Closing):
         fields = {camel(field): value for field, value in given.items()
                   if field != "self" and (value is not None or field == "payload")}
         for wire in re.findall(r"\{(\w+)", path):
-            path = re.sub(rf"\{{{wire}(\.\.\.)?\}}", quote(str(fields.pop(wire))), path)
+            text = quote(str(fields.pop(wire)))
+            path = path.replace(f"{{{wire}...}}", text).replace(f"{{{wire}}}", text.replace("/", "%2F"))
         wait = milliseconds(fields.get("timeout", fields.get("wait", 0)))
         body = to_json(fields).encode("utf-8", "surrogatepass") if method in ("POST", "PUT") else b""
         if fields and not body:
@@ -5619,7 +5639,8 @@ def start_daemon(settings: Settings, timeout: float = 15.0) -> str:
             child = process_start(words, environ, log_path)
         elif status is not None:
             said = read_text(log_path).strip().splitlines()[-1:]
-            raise DaemonUnreachable(f"the daemon did not start: {said[0] if said else 'it said nothing'} ({log_path})")
+            last = said[0].replace("pd: ", "", 1) if said else "it said nothing"
+            raise DaemonUnreachable(f"the daemon did not start: {last} ({log_path})")
         time.sleep(0.02)
     raise DaemonUnreachable(f"the daemon did not answer within {timeout:g} s; see {log_path}")
 
@@ -5875,13 +5896,15 @@ def only(project: Project, names: Sequence[str]) -> Project:
 
 def check_trust(path: str) -> None:
     """Refuse a file that anybody may write; ask, on a terminal, before the commands of somebody else are run."""
-    mode, owner, folder_owner = file_owner(path)
-    if mode & stat.S_IWOTH:
-        raise PortDaddyError("BAD_VALUE", f"{path} can be written by everybody, and holds commands: chmod o-w it first")
+    open_to_all, owners = file_owners(path)
+    if open_to_all:
+        raise PortDaddyError("BAD_VALUE", f"{path} can be written by everybody, and holds commands: chmod o-w it and its "
+                             "folder first")
     us = os.geteuid()
-    if owner in (us, 0) or us == 0 and owner == folder_owner:
+    if owners <= {us, 0} or us == 0 and len(owners) == 1:
         return
-    say(f"pd: {path} belongs to another user (uid {owner}); its commands are:\n{read_text(path)}")
+    say(f"pd: {path}, or its folder, belongs to another user (uid {max(owners - {us})}); its commands are:\n"
+        f"{read_text(path)}")
     if not sys.stdin.isatty() or input("run them? [y/N] ").strip().lower() not in ("y", "yes"):
         raise PortDaddyError("BAD_VALUE", f"{path} belongs to another user; --trust runs its commands all the same")
 
@@ -6840,19 +6863,19 @@ COMPLETION = {"bash": r"""_port_daddy() {
         COMPREPLY+=("${one#"$colon"}")
     done < <(PROGRAM complete -- "${words[@]:1}" 2>/dev/null)
 }
-complete -o default -F _port_daddy pd port_daddy.py
-""", "zsh": r"""#compdef pd port_daddy.py
+complete -o default -F _port_daddy pd port-daddy port_daddy.py
+""", "zsh": r"""#compdef pd port-daddy port_daddy.py
 _port_daddy() {
     local -a found
     found=(${(f)"$(PROGRAM complete -- "${(@)words[2,CURRENT]}" 2>/dev/null)"})
     compadd -a found
 }
-compdef _port_daddy pd port_daddy.py
+compdef _port_daddy pd port-daddy port_daddy.py
 """, "fish": r"""function __port_daddy
     set -l words (commandline -opc) (commandline -ct)
     PROGRAM complete -- $words[2..-1] 2>/dev/null
 end
-complete -c pd -c port_daddy.py -a '(__port_daddy)'
+complete -c pd -c port-daddy -c port_daddy.py -a '(__port_daddy)'
 """}
 
 LIVE = (("release url wait logs restart", "list_services", "services", "id"),  # whose names a command may be given
@@ -7013,7 +7036,7 @@ FIXED_REPLY = (b"HTTP/1.1 200 OK\r\nServer: limit\r\nContent-Type: application/j
 
 def limit_server() -> None:
     """The least that a threaded server in Python can do, for whoever wants to know what the rest costs."""
-    def serve(connection: socket.socket) -> None:
+    def answer(connection: socket.socket) -> None:
         with connection, contextlib.suppress(ConnectionResetError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while connection.recv(65536):
@@ -7024,7 +7047,7 @@ def limit_server() -> None:
     door.listen(1024)
     out(f"limit listening on http://127.0.0.1:{door.getsockname()[1]}")
     while True:
-        threading.Thread(target=serve, args=(door.accept()[0],), daemon=True).start()
+        threading.Thread(target=answer, args=(door.accept()[0],), daemon=True).start()
 
 
 class Row(NamedTuple):
@@ -7442,7 +7465,7 @@ def check_python() -> Finding:
 
 def check_home(home: str) -> Finding:
     try:
-        mode, owner, _ = file_owner(home)
+        mode, owner = file_owner(home)
     except PortDaddyError as problem:
         above = home
         while not os.path.exists(above):
@@ -7566,7 +7589,7 @@ def systemd_unit(program: Sequence[str], environ: Mapping[str, str]) -> str:
     words = [systemd_word(program[0]), *(systemd_word(word, command=True) for word in program[1:])]
     settings = [f"Environment={systemd_word(f'{name}={value}')}" for name, value in environ.items()]
     return "\n".join(["[Unit]", "Description=Port Daddy", "", "[Service]", f"ExecStart={' '.join(words)}", *settings,
-                      "Restart=on-failure", "RestartPreventExitStatus=4", "", "[Install]", "WantedBy=default.target", ""])
+                      "Restart=on-failure", "RestartPreventExitStatus=2 4", "", "[Install]", "WantedBy=default.target", ""])
 
 
 def launchd_plist(program: Sequence[str], environ: Mapping[str, str]) -> str:
@@ -7874,6 +7897,8 @@ def daemon_start(options: argparse.Namespace) -> None:
     words = "runs already" if running else "started"
     show({**facts, "message": f"port-daddy {facts.get('version')} {words}: {facts.get('url')} (pid {facts.get('pid')})"},
          options, "", "url")
+    if options.token:
+        say("pd: commands and clients need the token, too: set PORT_DADDY_TOKEN")
 
 
 def daemon_facts(settings: Settings, own: bool = True) -> Optional[Reply]:
@@ -7882,7 +7907,9 @@ def daemon_facts(settings: Settings, own: bool = True) -> Optional[Reply]:
     found = read_daemon_file(settings.home)
     try:
         url = str(found["url"]) if own and found else find_url(settings)[0]
-        facts = {**PortDaddy(url, pid=0).version(), "url": url}
+        client = PortDaddy(url, pid=0)
+        client.settings = settings
+        facts = {**client.version(), "url": url}
     except DaemonUnreachable:
         if settings.url:  # somebody said where it is: then it matters what is wrong there
             raise
@@ -8283,7 +8310,8 @@ def run_one(options: argparse.Namespace) -> int:
 @command("skill", "pd skill > .claude/skills/port-daddy/SKILL.md")
 def show_skill(options: argparse.Namespace) -> None:
     """What a coding agent has to know, as an agent skill."""
-    write_text(1, SKILL)
+    program = PROGRAM if PROGRAM in ("pd", "port-daddy") else f"python3 {os.path.abspath(__file__)}"
+    write_text(1, SKILL.replace("`python3 port_daddy.py`", f"`{program}`"))
 
 
 @command("vendor", "pd vendor tools", argument("folder", help="where to"),
@@ -8294,6 +8322,8 @@ def vendor(options: argparse.Namespace) -> None:
     digest = file_hash(here)
     if os.path.exists(there) and file_hash(there) != digest and not options.force:
         raise PortDaddyError("ALREADY_RUNNING", f"{there} is there and differs; replace it with --force")
+    with blamed("INTERNAL", f"{options.folder} cannot be made"):
+        os.makedirs(options.folder, exist_ok=True)
     with open(here, encoding="utf-8", newline="") as file:
         text = file.read()
     if not os.path.exists(there) or file_hash(there) != digest:
@@ -8405,6 +8435,8 @@ def daemon_install(options: argparse.Namespace) -> None:
     """Have systemd or launchd start the daemon when you log in; shows the file, and writes it with --yes."""
     path, text, switch_on, _ = this_service(options)
     write_text(1, text)
+    if os.environ.get("PORT_DADDY_TOKEN"):
+        say("pd: the token is not in it: others could read it there. Add it in a file of yours (EnvironmentFile=)")
     if not options.yes:
         return say(f"pd: this would go to {path} (with --yes), and then: {switch_on}")
     with blamed("INTERNAL", f"{os.path.dirname(path)} cannot be made"):
@@ -8679,7 +8711,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         except PortDaddyError as problem:
             say(f"pd: {problem}")
             if "--json" in argv:
-                print(json.dumps(problem.body, indent=2, ensure_ascii=False), flush=True)
+                out(json.dumps(problem.body, indent=2, ensure_ascii=False))
             return problem.exit_status
     except SystemExit as end:  # argparse has said what it had to say
         return int(end.code or 0)
