@@ -3047,9 +3047,10 @@ def list_health(daemon: Daemon, asker: Asker) -> Reply:
 
 @operation("GET /services/health/{id}", errors="NOT_FOUND")
 def service_health(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
-    """Whether a service is well: the last check, or a new one when that is older than five seconds."""
+    """Whether a service is well: by a check that it passed in the last five seconds, else by a new one."""
     row = need_service(daemon.store, id)
-    if not daemon.supervised(row) and not 0 <= daemon.now().wall - (row["checked"] or 0) < HEALTH_EVERY:
+    fresh = row["healthy"] and 0 <= daemon.now().wall - (row["checked"] or 0) < HEALTH_EVERY
+    if not fresh and not daemon.supervised(row):
         daemon.observe()
         daemon.check_health(row)
         row = need_service(daemon.store, id)

@@ -1224,6 +1224,13 @@ def test_a_stranger_on_an_assigned_port_is_named_and_moved_away_from(pd, cli, ch
     assert stranger.poll() is None  # named, not killed
 
 
+def test_a_service_that_was_not_well_is_asked_again_at_once(pd, children):
+    port = pd.claim("shop:api:main")["port"]
+    assert pd.service_health("shop:api:main")["healthy"] is False
+    listen(started_listener(children), port)
+    assert pd.service_health("shop:api:main")["healthy"] is True
+
+
 # ---- with real programs: a receiver that shares no line with us -----------------------------------------------------
 
 FLASK_RECEIVER = r"""
@@ -4802,7 +4809,7 @@ def test_what_is_stored_is_ours_alone(spawned):
 @pytest.mark.parametrize("address", [
     "169.254.169.254", "[fd00:ec2::254]", "[fe80::1]", "[::ffff:169.254.169.254]", "[64:ff9b::a9fe:a9fe]",
     "[64:ff9b:1::a9fe:a9fe]", "[fd20:ce::254]", "100.100.100.200", "[2002:a9fe:a9fe::1]",
-     "224.0.0.1", "[ff02::1]", "0.0.0.0", "[::]", "255.255.255.255",
+    "224.0.0.1", "[ff02::1]", "0.0.0.0", "[::]", "255.255.255.255",
     "0x7f.1:{port}", "2130706433:{port}", "127.0.0.1:{port}", "[::1]:{port}", "[::ffff:127.0.0.1]:{port}",
     "localhost:{port}"])
 def test_some_addresses_are_never_called(server, wire, address):
