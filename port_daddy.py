@@ -501,10 +501,8 @@ HttpUrl = Annotated[str, url_of("http|https")]
 EndpointUrl = Annotated[str, url_of("http|https|ws|wss")]
 
 
-def matches(pattern: Optional[str], name: str) -> bool:
-    """Whether a pattern with * (any run of characters, colons included) covers a name; in SQL it is GLOB."""
-    if pattern is None or pattern == "*":
-        return pattern is not None
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern with * (any run of characters, colons included) covers a name; as GLOB does in the store."""
     first, *rest = pattern.split("*")
     if not rest or not name.startswith(first):
         return name == pattern
@@ -946,7 +944,6 @@ class Store:
         self.trouble: Optional[str] = None  # why the last transaction could not be written
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
         self._db.row_factory = sqlite3.Row
-        self._db.create_function("glob", 2, matches, deterministic=True)  # SQLite's own takes for ever on many stars
         try:
             self._open(path, now)
             self.tag = str(self.meta("tag"))
