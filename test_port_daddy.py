@@ -9267,9 +9267,9 @@ def read_chunks(rest):
     while size != 0:
         line, end, after = rest.partition(b"\r\n")
         if not end:
-            if len(rest) >= 10 or set(rest.rstrip(b"\r")) - set(b"0123456789abcdefABCDEF"):
+            if len(rest) >= 10:
                 raise Refused
-            return None, rest
+            return None, rest  # whatever it is, it is too short to be judged
         if not line or len(line) > 8 or set(line) - set(b"0123456789abcdefABCDEF"):
             raise Refused
         size = int(line, 16)
