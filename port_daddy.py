@@ -1962,10 +1962,10 @@ def sock_diag(kind: int, flags: int, query: bytes) -> Iterator[bytes]:
         while True:
             data, offset = netlink.recv(65536), 0
             while offset < len(data):
-                length, kind = struct.unpack_from("=IH", data, offset)
-                if kind == 2:  # NLMSG_ERROR
+                length, what = struct.unpack_from("=IH", data, offset)
+                if what == 2:  # NLMSG_ERROR
                     raise OSError(-struct.unpack_from("=i", data, offset + 16)[0], "sock_diag")
-                if kind == 3:  # NLMSG_DONE
+                if what == 3:  # NLMSG_DONE
                     return
                 yield data[offset + 16:offset + length]
                 offset += (length + 3) & ~3
