@@ -109,8 +109,8 @@ PROBLEMS: dict[str, tuple[int, int, str]] = {  # code: (HTTP status, exit status
     "UNAUTHORIZED": (401, 1, "this daemon wants its token: set PORT_DADDY_TOKEN, or send Authorization: Bearer <token>"),
     "PEER_NOT_ALLOWED": (403, 1, "this daemon serves another user of this machine; start one of your own"),
     "HOST_NOT_ALLOWED": (403, 1, "the Host header names another machine; use localhost, or set PORT_DADDY_ALLOWED_HOSTS"),
-    "ORIGIN_NOT_ALLOWED": (403, 1, "web pages of other origins may not use this daemon"),
-    "CROSS_SITE": (403, 1, "web pages of other sites may not use this daemon"),
+    "ORIGIN_NOT_ALLOWED": (403, 1, "web pages of that origin may not use this daemon (PORT_DADDY_ALLOWED_ORIGINS)"),
+    "CROSS_SITE": (403, 1, "web pages of other sites may not use this daemon (PORT_DADDY_ALLOWED_ORIGINS)"),
     "NOT_OWNER": (403, 4, "somebody else holds it"),
     "NOT_FOUND": (404, 3, "there is nothing of that name"),
     "METHOD_NOT_ALLOWED": (405, 2, "this path does not know that method"),
@@ -118,6 +118,7 @@ PROBLEMS: dict[str, tuple[int, int, str]] = {  # code: (HTTP status, exit status
     "LOCK_HELD": (409, 4, "somebody else holds the lock"),
     "LOCK_LOST": (409, 4, "the lock has moved on; stop, and take it again"),
     "ALREADY_RUNNING": (409, 4, "a daemon already serves this state folder"),
+    "EXISTS": (409, 4, "that is there already"),
     "CANNOT_LISTEN": (503, 1, "the port of the daemon cannot be bound"),
     "LIMIT_MISMATCH": (409, 4, "the lock is held with another limit"),
     "STALE_RECEIPT": (409, 4, "the lease of this message has moved on"),
@@ -394,6 +395,8 @@ class Ports(Kind):
     """A range of ports, [low, high] or "low-high"."""
 
     def parse(self, value: Any) -> tuple[int, int]:
+        if isinstance(value, str):
+            return self.read(value)
         expect(isinstance(value, list) and len(value) == 2)
         low, high = (PORT.parse(port) for port in value)
         expect(low <= high)
@@ -487,8 +490,6 @@ PollTime = Annotated[int, Period(0, 60_000)]
 WaitTime = Annotated[int, Period(0, 300_000)]
 LockWait = Annotated[int, Period(0, 3_600_000)]
 Count = Annotated[int, Integer("a number", 1, 1000)]
-Attempts = Annotated[int, Integer("a number", 1, 1000)]
-Seats = Annotated[int, Integer("a number", 1, 1000)]
 Quota = Annotated[int, Integer("a number", 0, 100_000)]
 Rows = Annotated[int, Integer("a number", 1, 100_000)]
 Latency = Annotated[int, Integer("milliseconds", 0, 3_600_000)]
@@ -661,14 +662,15 @@ def default_home(environ: Mapping[str, str]) -> str:
 #    finds the first message and leaves; B finds the second. Had A hung up meanwhile, its leaving would have woken C.
 
 class Waiter:
-    """Somebody who waits: its topics, its line (None: no line), and whether it has been rung since it last looked."""
+    """Somebody who waits: its topics, its line (None: no line), whether it has been rung since it last looked, and whether
+    it has looked in vain (`asleep`)."""
 
-    __slots__ = ("topics", "line", "turn", "condition", "rung", "gone")
+    __slots__ = ("topics", "line", "turn", "condition", "rung", "gone", "asleep")
 
     def __init__(self, topics: Sequence[str], line: Optional[str], turn: bool, lock: threading.Lock) -> None:
         self.topics, self.line, self.turn = topics, line, turn
         self.condition = threading.Condition(lock)
-        self.rung = self.gone = False
+        self.rung = self.gone = self.asleep = False
 
     def wake(self) -> None:
         """Called with the bell's lock held."""
@@ -717,17 +719,17 @@ class Bell:
         served: set[str] = set()
         for waiter in waiters:
             if waiter.line is None:
-                wanted = line is None
-            else:
-                wanted = waiter.line not in served and line in (None, waiter.line) and (waiter.turn or not waiter.rung)
-                served.update([waiter.line] if wanted else [])
-            if wanted:
+                if line is None:
+                    waiter.wake()
+            elif waiter.line not in served and line in (None, waiter.line) and (waiter.turn or not waiter.rung):
+                served.add(waiter.line)
                 waiter.wake()
 
-    def first(self, waiter: Waiter) -> bool:
-        """Whether nobody of the same line stands before this waiter."""
+    def first(self, waiter: Waiter, patient: bool) -> bool:
+        """Whether nobody of the same line stands before this waiter; in the way of who will not wait, only those who do."""
         with self._lock:
-            return next(other for other in self._topics[waiter.topics[0]] if other.line == waiter.line) is waiter
+            return next(other for other in self._topics[waiter.topics[0]]
+                        if other is waiter or other.line == waiter.line and (patient or other.asleep)) is waiter
 
     def sleep(self, waiter: Waiter, deadline: float) -> bool:
         """Until rung (True) or until the deadline on the monotonic clock (False)."""
@@ -751,27 +753,28 @@ class Bell:
         """What `look` finds, now or after a ring; None at the deadline or when the asker has gone.
 
         `look` is called without any lock; `before_sleep` once, when waiting turns out to be necessary."""
-        waiter, asleep, found = self.join(topics, line, turn), False, None
+        waiter, found = self.join(topics, line, turn), None
         try:
             while not waiter.gone:
-                if not turn or self.first(waiter):
+                patient = time.monotonic() < deadline
+                if not turn or self.first(waiter, patient):
                     found = look()
                     if found is not None:
                         return found
-                if time.monotonic() >= deadline:
+                if not patient:
                     break
                 if self.closed:
                     raise PortDaddyError("SHUTTING_DOWN")
-                if not asleep:
-                    asleep = True
+                if not waiter.asleep:
                     with self._lock:
+                        waiter.asleep = True
                         self.crowd += 1
                     before_sleep(waiter)
                 self.sleep(waiter, deadline)
             return None
         finally:
             self.leave(waiter, found is None)
-            if asleep:
+            if waiter.asleep:
                 with self._lock:
                     self.crowd -= 1
 
@@ -935,7 +938,7 @@ class Counter:
 
 
 class Store:
-    """The database. `rows`, `row` and `run` are its only way to SQL; `transaction` its only way to change anything."""
+    """The database. `rows`, `row`, `value` and `run` are its only way to SQL, `transaction` its only way to a change."""
 
     def __init__(self, path: str, now: Now) -> None:
         import sqlite3
@@ -1034,7 +1037,7 @@ class Store:
             with contextlib.suppress(self._errors, PortDaddyError):
                 for row in other.execute("SELECT * FROM SERVICES"):  # as far as it goes
                     with contextlib.suppress(self._errors):
-                        insert(tx, "SERVICES", **{**dict(row), "born": 0, "birth": None})
+                        insert(tx, "SERVICES", **{**dict(row), "born": 0, "birth": None, "expires": tx.lasts(row["ttl"])})
                         kept += 1
             for counter in (self.ids, self.tokens):  # what cannot be read is below the milliseconds of the wall clock
                 counter.reserved = max(counter.reserved, counters.get(counter.key, now.wall))
@@ -1080,18 +1083,17 @@ class Store:
     def close(self, clean: bool = True) -> None:
         """Write the counters as they are, fold the log into the file, and let go of it."""
         with self.guard:
-            with contextlib.suppress(self._errors):
-                for counter in (self.ids, self.tokens) if clean else ():
-                    self._db.execute("UPDATE META SET value = ? WHERE key = ?", (counter.value, counter.key))
-                if clean:
-                    self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            if clean:
+                with contextlib.suppress(PortDaddyError, self._errors):
+                    meta_update(self, ids=self.ids.value, tokens=self.tokens.value)
+                    self.run("PRAGMA wal_checkpoint(TRUNCATE)")
             self._db.close()
 
 
 class Transaction:
-    """One BEGIN IMMEDIATE … COMMIT, rolled back when its block raises, and what may be done in it. `clock` is read as it
-    begins, so that the order of instants is that of the commits; `after` is called when it is committed and the store let
-    go. `topics` ring then, and `due` is the earliest instant (awake) at which something that it wrote is over."""
+    """One BEGIN IMMEDIATE … COMMIT, rolled back when its block raises, and what may be done in it. `clock` is read with the
+    store's lock held, so that the order of instants is that of the commits; `after` is called when it is committed and the
+    lock let go. `topics` ring then, and `due` is the earliest instant (awake) at which something that it wrote is over."""
 
     def __init__(self, store: Store, clock: Callable[[], Now], after: Callable[[Transaction], None]) -> None:
         self._store, self._clock, self._after = store, clock, after
@@ -1217,7 +1219,7 @@ def line_append(tx: Transaction, identity: str, lines: Sequence[tuple[str, str, 
 
 def line_list(db: Store, identity: str, after: int, last: int) -> list[Any]:
     """The last so many lines after an id, oldest first."""
-    return db.rows("SELECT * FROM LINES WHERE service = ? AND id > ? ORDER BY id DESC LIMIT ?",
+    return db.rows("SELECT id, stream, text, at FROM LINES WHERE service = ? AND id > ? ORDER BY id DESC LIMIT ?",
                    identity, after, last)[::-1]
 
 
@@ -1239,8 +1241,10 @@ def message_append(tx: Transaction, channel: str, payload: Any, sender: Optional
         rows = tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ?2 AND id < ?3 AND {UNWANTED} ORDER BY id LIMIT 1",
                        tx.now.awake - DAY, channel, number)
         if not rows:
-            slowest = tx.value("SELECT team FROM READERS WHERE channel = ? AND heard > ? ORDER BY cursor", channel,
-                               tx.now.awake - DAY)
+            slowest = tx.value(
+                "SELECT team FROM READERS WHERE channel = ?1 AND heard > ?2 AND (cursor < (SELECT min(id) FROM MESSAGES "
+                "WHERE channel = ?1) OR EXISTS (SELECT 1 FROM TASKS WHERE TASKS.channel = ?1 AND TASKS.team = "
+                "READERS.team)) ORDER BY cursor", channel, tx.now.awake - DAY)
             raise PortDaddyError("CHANNEL_FULL", f"channel {channel} holds {KEEP_MESSAGES} messages or {KEEP_BYTES} bytes, "
                                  f"and the group {slowest} has not done with them; let it work, or forget it and its dead "
                                  f"letters (pd groups rm {channel} {slowest})", channel=channel, group=slowest)
@@ -1628,6 +1632,16 @@ def say(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
+def on_terminal(stream: Any) -> bool:
+    """Whether a standard stream, which is None when it was closed, is a terminal."""
+    return bool(stream) and stream.isatty()
+
+
+def terminal_width() -> int:
+    """How much of a line is seen; a file takes everything, and a terminal may not know its size."""
+    return (os.get_terminal_size().columns or 80) if on_terminal(sys.stdout) else 10 ** 9
+
+
 def out(text: str) -> None:
     """Data, on stdout."""
     print(printable(text), flush=True)
@@ -1698,7 +1712,8 @@ def stat_fields(text: str) -> list[str]:
 
 
 def all_pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    with blamed("BUSY", "the processes of this machine cannot be listed"):
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def process_birth(pid: int) -> Optional[int]:
@@ -1771,9 +1786,11 @@ def process_run(arguments: Sequence[str], environ: Mapping[str, str], given: Opt
 def own_command(*words: str) -> tuple[list[str], dict[str, str]]:
     """How to start this file again, and what to add to the environment: as a module where its name allows that. What is
     imported is compiled once; a script at every start, which takes 200 ms, and 20 MB that never come back."""
+    from importlib.machinery import SourceFileLoader
     folder, name = os.path.split(os.path.abspath(__file__))
     if not name.endswith(".py") or not name[:-3].isidentifier():
         return [sys.executable, os.path.abspath(__file__), *words], {}
+    SourceFileLoader(name[:-3], os.path.abspath(__file__)).get_code(name[:-3])  # so that it is we who compile, if need be
     path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
     return [sys.executable, "-m", name[:-3], *words], {"PYTHONPATH": path}
 
@@ -1811,8 +1828,9 @@ def shell_status(command: str, environ: Mapping[str, str], folder: str, timeout:
     told its process group."""
     import signal
     import subprocess
-    process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, env=dict(environ), cwd=folder, start_new_session=True)
+    with blamed("INTERNAL", f"it cannot be started in {folder}"):
+        process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, env=dict(environ), cwd=folder, start_new_session=True)
     try:
         began(process.pid)
         said = process.communicate(timeout=timeout)[0].decode("utf-8", "replace").strip().splitlines()
@@ -1882,7 +1900,7 @@ class Guardian:
                                         start_new_session=True, cwd="/", env={**os.environ, **environ})
 
     def _say(self, words: str) -> None:
-        with contextlib.suppress(OSError), self._lock:
+        with contextlib.suppress(OSError, ValueError), self._lock:  # ValueError: it has been closed
             assert self.process.stdin and self.process.stdout
             self.process.stdin.write(f"{words}\n".encode())
             self.process.stdin.flush()
@@ -2106,7 +2124,7 @@ def is_address(host: str) -> bool:
     return False
 
 
-METADATA = ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")  # of clouds
+CLOUD_METADATA = ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")  # of clouds
 
 
 def check_target(url: str, own_port: int, private: bool = True, by_name: bool = True) -> list[tuple[Any, ...]]:
@@ -2128,7 +2146,7 @@ def check_target(url: str, own_port: int, private: bool = True, by_name: bool = 
         if isinstance(ip, ipaddress.IPv6Address):
             nat64 = any(ip in ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48"))
             ip = ip.ipv4_mapped or ip.sixtofour or (ipaddress.ip_address(int(ip) & 0xFFFFFFFF) if nat64 else ip)
-        if ip.is_link_local or ip.is_multicast or ip.is_unspecified or str(ip) in ("255.255.255.255", *METADATA):
+        if ip.is_link_local or ip.is_multicast or ip.is_unspecified or str(ip) in ("255.255.255.255", *CLOUD_METADATA):
             raise PortDaddyError("TARGET_REFUSED", f"{host} leads to {ip}, a link-local, metadata, multicast or "
                                  "unspecified address, which is never called", host=host)
         if not private and not ip.is_global and not ip.is_loopback:
@@ -2221,7 +2239,7 @@ def http_call(method: str, url: str, addresses: Sequence[tuple[Any, ...]], heade
                 chunk = connection.recv(65536)
                 if not chunk:
                     break
-                reply = re.sub(rb"\AHTTP/1\.[01] 1[0-9]{2}[ \r](?s:.*?)\r\n\r\n", b"", reply + chunk)  # interim
+                reply = re.sub(rb"\A(?:HTTP/1\.[01] 1[0-9]{2}[ \r](?s:.*?)\r\n\r\n)+", b"", reply + chunk)  # interim
         except socket.timeout:
             raise PortDaddyError("TIMED_OUT", f"no answer within {timeout:g} s") from None
         except (OSError, ValueError):
@@ -2480,7 +2498,7 @@ class Daemon:
         self.store = open_store(os.path.join(settings.home, "port_daddy.db"), self.clock.now())
         self.leases = LeaseClock(self.clock, self.store)
         self.now = self.leases.now
-        self.port = settings.port  # the real one, once a server has bound it
+        self.port, self.url = settings.port, ""  # the real ones, once a server has bound them
         self.instance, self.started = os.urandom(6).hex(), self.clock.now()
         # Awake: when the next tick is due. A lease that ends earlier rings the keeper; while a tick runs, or when there is
         # nothing to look after, it is beyond everything, so that whatever ends rings.
@@ -2545,15 +2563,19 @@ class Daemon:
         # Thousands may be at rest: nothing listens there, none did, and there is no process that could have died.
         rows = self.store.rows("SELECT * FROM SERVICES WHERE pid IS NOT NULL OR status NOT IN ('assigned', 'starting', "
                                f"'stopped', 'crashed', 'dead') OR port IN ({', '.join(map(str, listening))})")
-        left = {id for id, key in list(self.adopted.items()) if key} - {row["id"] for row in rows}
-        for row in [*rows, *filter(None, (service_row(self.store, id) for id in left))]:
+        for id in set(self.adopted) - {row["id"] for row in rows}:
+            row = service_row(self.store, id)
+            rows += [row] if row else []
+            if not row:  # released
+                self.adopted.pop(id, None)
+        for row in rows:
             there = listening.get(row["port"], [])
             key = there[0].key if there else None
             fits = row["status"] in (("running", "unhealthy", "hijacked", "detached") if there else
                                      ("assigned", "starting", "stopped", "crashed", "dead"))
             died = not there and self.owns_pid(row) and not process_lives(row["pid"], row["birth"])
             fits = fits and not (died and row["status"] in ("assigned", "stopped"))
-            if fits and self.adopted.get(row["id"], 0) == (key or 0) or self.supervised(row):
+            if fits and self.adopted.get(row["id"]) == key or self.supervised(row):
                 continue
             stranger, pid = self.stranger(row, there)
             news: dict[str, Any] = {"status": "dead" if died else "stopped" if row["status"] != "assigned" else "assigned"}
@@ -2565,7 +2587,10 @@ class Daemon:
                 now = service_row(tx, row["id"])
                 if not now or any(now[name] != row[name] for name in ("port", "status", "born", "pid")):
                     continue  # it has changed while we looked; so look again next time
-                self.adopted[row["id"]] = key or 0
+                if key:
+                    self.adopted[row["id"]] = key
+                else:
+                    self.adopted.pop(row["id"], None)
                 if not there and row["healthy"]:
                     news["healthy"] = None
                     tx.emit("service.unhealthy", row["id"], row["agent"], serviceId=row["id"], port=row["port"],
@@ -2744,7 +2769,7 @@ class Operation:
                     raise self._unknown(wire)
                 if value is not None or field.kind.nullable:
                     if field.name in values:
-                        raise PortDaddyError("BAD_VALUE", f"{wire} was given twice, in the query and in the body",
+                        raise PortDaddyError("BAD_VALUE", f"{wire} was given twice, in the path or query and in the body",
                                              field=wire)
                     values[field.name] = field.check(value, texts)
         for field in fields.values():
@@ -2848,12 +2873,12 @@ def present(**columns: Any) -> dict[str, Any]:
 def quota(tx: Transaction, agent: Optional[str], column: str, table: str, owner: str) -> None:
     """Refuse when a registered agent has as many as it allowed itself."""
     row = agent_alive(tx, agent, tx.now.awake)
-    most = row[column] if row else None
-    current = tx.value(f"SELECT count(*) FROM {table} WHERE {owner} = ? AND ifnull(expires > ?, 1)", agent,
-                       tx.now.awake) if most is not None else 0
-    if most is not None and current >= most:
-        raise PortDaddyError("LIMIT", f"agent {agent} has {current} {table.lower()}, and registered with at most {most}; "
-                             "release one, or register again with a higher limit", current=current, max=most)
+    if row and row[column] is not None:
+        most, current = row[column], tx.value(f"SELECT count(*) FROM {table} WHERE {owner} = ? AND ifnull(expires > ?, 1)",
+                                              agent, tx.now.awake)
+        if current >= most:
+            raise PortDaddyError("LIMIT", f"agent {agent} has {current} {table.lower()}, and registered with at most "
+                                 f"{most}; release one, or register again with a higher limit", current=current, max=most)
 
 
 def need(db: Sql, table: str, id: str, words: str) -> Any:
@@ -2893,8 +2918,8 @@ def candidate_ports(daemon: Daemon, tx: Transaction, identity: str, limits: Opti
     start = zlib.crc32(identity.encode()) % size
     for step in range(size):
         port = low + (start + step) % size
-        if step % 256 == 0 or port == low:  # a window at a time, for there may be thousands
-            taken = {row["port"] for row in tx.rows("SELECT port FROM SERVICES WHERE port BETWEEN ?1 AND ?1 + 255", port)}
+        if step % 32 == 0 or port == low:  # a window at a time, for there may be thousands
+            taken = {row["port"] for row in tx.rows("SELECT port FROM SERVICES WHERE port BETWEEN ?1 AND ?1 + 31", port)}
         if port not in avoid and port not in taken and not first <= port <= last:
             yield port
 
@@ -2954,6 +2979,8 @@ def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = Non
     there = refuse_stranger(daemon, id, move)
     with daemon.write() as tx:
         known, warning, columns = service_row(tx, id), None, {**given}
+        if not known or given.get("agent", known["agent"]) != known["agent"]:
+            quota(tx, given.get("agent"), "max_services", "SERVICES", "agent")
         if expires:
             columns.update(ttl=expires, expires=tx.lasts(expires))
         in_the_way = "its own server, which listens there" if known and there else None
@@ -2966,8 +2993,6 @@ def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = Non
                 if exact:
                     raise PortDaddyError("PORT_TAKEN", f"{warning}; stop that, or do not insist (exact)", port=port)
         else:
-            if not known:
-                quota(tx, given.get("agent"), "max_services", "SERVICES", "agent")
             chosen, warning = choose_port(daemon, tx, id, port, exact, range)
             tx.run("DELETE FROM FORMER_PORTS WHERE id = ?", id)
             place = {"port": chosen, "born": since_boot(), "claimer": asker.pid, "status": "assigned"}
@@ -2979,7 +3004,7 @@ def claim(daemon: Daemon, asker: Asker, id: Identity, port: Optional[Port] = Non
                 insert(tx, "SERVICES", id=id, created=tx.now.wall, seen=tx.now.wall, endpoints=to_json(local), **place,
                        **columns)
         changed = {name: value for name, value in columns.items() if known and known[name] != value}
-        if known and known["claimer"] is None or known and not process_lives(known["claimer"], None):
+        if known and (known["claimer"] is None or not process_lives(known["claimer"], None)):
             changed = {**changed, **present(claimer=asker.pid)}  # the one who claimed first stays, while it lives
         if changed:
             service_update(tx, id, **{**changed, "seen": tx.now.wall})
@@ -3091,9 +3116,9 @@ def update_service(daemon: Daemon, asker: Asker, id: Identity, status: Optional[
         service_update(tx, id, seen=tx.now.wall, **bound, **present(
             status=status, health=health, metadata=maybe_json(metadata), checker=checked_by, error=error))
         tx.ring("checker")
-    checked = checked_by or latency is not None or error is not None
-    if checked and status in (None, "running", "detached", "unhealthy"):
-        daemon.report_health(id, error is None and status != "unhealthy", latency, error, checked_by)
+    checked, down = checked_by or latency is not None or error is not None, status in ("stopped", "crashed", "dead")
+    if down or checked and status in (None, "running", "detached", "unhealthy"):
+        daemon.report_health(id, not down and error is None and status != "unhealthy", latency, error, checked_by)
     return ok(warning, **get_service(daemon, asker, id))
 
 
@@ -3151,10 +3176,6 @@ def wait_for_service(daemon: Daemon, asker: Asker, id: Identity, timeout: WaitTi
     return wait_for_services(daemon, asker, [id], timeout)
 
 
-def line_view(row: Any) -> Reply:
-    return {"id": row["id"], "stream": row["stream"], "text": row["text"], "at": row["at"]}
-
-
 @operation("POST /services/{id}/logs")
 def add_logs(daemon: Daemon, asker: Asker, id: Identity, lines: LogLines) -> Reply:
     """Send in what a service printed; its last 1,000 lines are kept."""
@@ -3167,21 +3188,21 @@ def add_logs(daemon: Daemon, asker: Asker, id: Identity, lines: LogLines) -> Rep
 def get_logs(daemon: Daemon, asker: Asker, id: Identity, tail: Tail = 100, after: Cursor = 0,
              follow: Bool = False) -> Union[Reply, Stream]:
     """Read the last lines that a service printed or, with follow, go on as Server-Sent Events."""
-    start = max(after, asker.after or 0)
+    start, newest = max(after, asker.after or 0), daemon.store.ids.value  # before the rows: what comes meanwhile is new
     rows = line_list(daemon.store, id, start, tail) if tail else []
     if not follow:
         if not rows and not daemon.store.value("SELECT 1 FROM LINES WHERE service = ?", id):
             need_service(daemon.store, id)
-        return listing("lines", [line_view(row) for row in rows])
-    cursor = rows[-1]["id"] if rows else start or daemon.store.ids.value
+        return listing("lines", [dict(row) for row in rows])
+    cursor = rows[-1]["id"] if rows else start or newest
 
     def read() -> list[bytes]:
         nonlocal cursor
         found = line_list(daemon.store, id, cursor, KEEP_LINES)
         cursor = found[-1]["id"] if found else cursor
-        return [sse("message", line_view(row), row["id"]) for row in found]
+        return [sse("message", dict(row), row["id"]) for row in found]
 
-    opening = b"".join([sse("connected", {"lastId": cursor}), *(sse("message", line_view(row), row["id"]) for row in rows)])
+    opening = b"".join([sse("connected", {"lastId": cursor}), *(sse("message", dict(row), row["id"]) for row in rows)])
     return follow_topics(daemon, asker, [f"lines:{id}"], opening, read)
 
 
@@ -3245,20 +3266,21 @@ def get_messages(daemon: Daemon, asker: Asker, channel: ChannelName, limit: Coun
     """Read messages without consuming them: those after an id, or the newest; oldest first."""
     daemon.sweep_messages()
     if after is None:
+        # Before the rows: what is published meanwhile comes after it.
+        last = daemon.store.value("SELECT last FROM CHANNELS WHERE name = ?", channel) or 0
         rows = daemon.store.rows("SELECT * FROM MESSAGES WHERE channel = ? ORDER BY id DESC LIMIT ?", channel, limit)[::-1]
     else:
-        rows = message_list(daemon.store, channel, after if after <= daemon.store.ids.value else 0, limit)
+        last = after if after <= daemon.store.ids.value else 0
+        rows = message_list(daemon.store, channel, last, limit)
     lost = {} if after is None else loss(daemon, channel, after)  # after the rows: what went meanwhile is announced
-    last = rows[-1]["id"] if rows else 0 if "reset" in lost else after
-    if last is None:
-        last = daemon.store.value("SELECT last FROM CHANNELS WHERE name = ?", channel) or 0
+    last = rows[-1]["id"] if rows else last
     return {**listing("messages", [message_view(row) for row in rows]), "lastId": last, **lost}
 
 
 @operation("GET /msg/{channel}/poll", command="poll", quiet="message.payload", example="pd poll tasks --timeout 30s")
 def poll(daemon: Daemon, asker: Asker, channel: ChannelPattern, timeout: PollTime = 30_000, after: Optional[Cursor] = None,
          group: Optional[GroupName] = None, lease: Optional[Duration] = None,
-         max_attempts: Optional[Attempts] = None) -> Reply:
+         max_attempts: Optional[Count] = None) -> Reply:
     """Wait for the next message: as one worker of a group, or, with after, as a reader with a cursor of its own."""
     if after is not None and (group is not None or lease is not None):
         raise PortDaddyError("BAD_VALUE", "after reads every message with a cursor of your own; group and lease share them "
@@ -3331,7 +3353,7 @@ def sse(event: str, data: Any, number: Optional[int] = None) -> bytes:
 def follow_topics(daemon: Daemon, asker: Asker, topics: Sequence[str], opening: bytes,
                   read: Callable[[], list[bytes]]) -> Stream:
     """The life of a stream: the opening, what there is to read after each ring, a comment when nothing happens."""
-    present = daemon.bell.join([f"reader:{topic}" for topic in topics])  # to be counted, while it sends too
+    reader = daemon.bell.join([f"reader:{topic}" for topic in topics])  # to be counted, while it sends too
     try:
         yield b"retry: 1000\n" + opening
         while True:
@@ -3340,16 +3362,16 @@ def follow_topics(daemon: Daemon, asker: Asker, topics: Sequence[str], opening: 
                 return
             yield b"".join(parts) if parts else b": nothing new\n\n"
     finally:
-        daemon.bell.leave(present)
+        daemon.bell.leave(reader)
 
 
-def begin_stream(daemon: Daemon, asker: Asker, after: Optional[int], forgotten: int = 0, **facts: Any) -> tuple[int, bytes]:
-    """Where a reader begins, behind `after`, else behind the last event that it has seen, else now; and its opening."""
-    current, start = daemon.store.ids.value, after if after is not None else asker.after
+def begin_stream(daemon: Daemon, asker: Asker, after: Optional[int], **facts: Any) -> tuple[int, bytes]:
+    """Where a reader begins, behind the last event that it has seen, else behind `after`, else now; and its opening."""
+    current, start = daemon.store.ids.value, asker.after if asker.after is not None else after
     cursor, opening = current if start is None else start, sse("connected", {**facts, "lastId": current})
     if cursor > current:
         return 0, opening + sse("reset", {"from": cursor, "to": current})
-    return cursor, opening + (sse("gap", {"from": cursor, "to": forgotten}) if cursor < forgotten else b"")
+    return cursor, opening
 
 
 @operation("GET /msg/{channel}/subscribe")
@@ -3521,7 +3543,7 @@ def lock_held(daemon: Daemon, name: str, waited: int) -> PortDaddyError:
            example="TOKEN=$(pd lock db-migration --owner me --ttl 2m -q)",
            errors="LOCK_HELD LIMIT_MISMATCH LIMIT KEY_REUSED")
 def lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] = None, ttl: Duration = 300_000,
-         wait: LockWait = 0, pid: Optional[Pid] = None, limit: Seats = 1, lock_delay: Delay = 0,
+         wait: LockWait = 0, pid: Optional[Pid] = None, limit: Count = 1, lock_delay: Delay = 0,
          metadata: Optional[Metadata] = None) -> Reply:
     """Take a lock, or wait for it in line: one holder (or limit), a lease that ends, a fencing token that only grows."""
     owner, began = asker.who(owner), time.monotonic()
@@ -3535,18 +3557,18 @@ def lock(daemon: Daemon, asker: Asker, name: LockName, owner: Optional[AgentId] 
                 return None
             if bound:
                 tx.ring("keeper")
+            asker.undo = lambda: give_back(token)
             return asker.answer(tx, ok(
                 warning, name=name, owner=owner, token=token, acquiredAt=tx.now.wall,
                 expiresAt=wall(tx.now, tx.now.awake + ttl), waited=round((time.monotonic() - began) * 1000),
                 message=f"{owner or 'somebody'} holds {name} for {span(ttl)}"))
 
-    def give_back() -> None:
+    def give_back(token: int) -> None:
         with daemon.write() as tx:
-            row = tx.row("SELECT * FROM LOCKS WHERE name = ? AND token = ?", name, grant["token"] if grant else 0)
+            row = tx.row("SELECT * FROM LOCKS WHERE name = ? AND token = ?", name, token)
             if row:
                 lock_free(tx, row, "lock.release", "the holder had gone before it was told")
 
-    asker.undo = give_back
     grant = daemon.wait(asker, take, wait, [f"lock:{name}"], line="", turn=True)
     if grant is None:
         lock_agree(name, lock_rows(daemon.store, name, daemon.now().awake), limit)
@@ -3558,16 +3580,18 @@ def own_lock(tx: Transaction, asker: Asker, name: str, owner: Optional[str], tok
     """The lease, if the asker may extend or release it: by its current token, else as its owner. None: the lock is free."""
     rows = lock_rows(tx, name, tx.now.awake)
     row = next((row for row in rows if token in (None, row["token"])), None)
-    if token is not None and not row:
-        raise LockLost("LOCK_LOST", f"token {token} is no longer one of lock {name}: the lease ended"
-                       f"{' and the lock is held by ' + str(rows[0]['owner']) if rows else ''}; stop, and take it again",
+    if token is not None:
+        if row:
+            return row
+        raise LockLost("LOCK_LOST", f"token {token} is no longer one of lock {name}: its lease ended"
+                       f"{' and somebody else holds it' if rows else ''}; stop, and take it again",
                        holder=rows[0]["owner"] if rows else None)
-    if row and token is None and row["seats"] > 1:
+    if row and row["seats"] > 1:
         raise PortDaddyError("BAD_VALUE", f"lock {name} has room for {row['seats']} holders: say by its token which one is "
                              "meant", field="token")
-    if row and token is None and row["owner"] not in (None, asker.who(owner)):
-        raise PortDaddyError("NOT_OWNER", f"lock {name} is held by {row['owner']}; release it as that owner, with its "
-                             "token, or by force", holder=row["owner"])
+    if row and row["owner"] not in (None, asker.who(owner)):
+        raise PortDaddyError("NOT_OWNER", f"lock {name} is held by {row['owner']}; say that you are that owner (owner), or "
+                             "give its token; unlock can also be forced", holder=row["owner"])
     return row
 
 
@@ -3799,9 +3823,14 @@ def remove_webhook(daemon: Daemon, asker: Asker, id: HookId) -> Reply:
 def test_webhook(daemon: Daemon, asker: Asker, id: HookId) -> Reply:
     """Send a webhook.test event to one webhook; its delivery tells how that went."""
     with daemon.write() as tx:
-        need_hook(tx, id)
+        warning = switched_off(need_hook(tx, id))
         number = delivery_append(tx, id, tx.next_id(), "webhook.test", {"webhookId": id})
-        return asker.answer(tx, ok(id=id, delivery=delivery_id(daemon, number), message=f"a test is on its way to {id}"))
+        return asker.answer(tx, ok(warning, id=id, delivery=delivery_id(daemon, number),
+                                   message=f"a test is on its way to {id}"))
+
+
+def switched_off(hook: Any) -> Optional[str]:
+    return None if hook["active"] else f"{hook['id']} is switched off: it waits until you switch it on again (active)"
 
 
 def delivery_id(daemon: Daemon, number: int) -> str:
@@ -3829,12 +3858,13 @@ def replay_delivery(daemon: Daemon, asker: Asker, id: HookId, delivery: HookId) 
     """Send a delivery once more under its own id, with all its retries before it."""
     tag, _, number = delivery.rpartition("_")
     with daemon.write() as tx:
-        need_hook(tx, id)
+        warning = switched_off(need_hook(tx, id))
         known = tag == f"dlv_{daemon.store.tag}" and number.isdigit() and delivery_replay(tx, id, int(number[:18]))
         if not known:
             raise PortDaddyError("NOT_FOUND", f"webhook {id} keeps no delivery {delivery}; see: pd webhook deliveries {id}",
                                  id=delivery)
-        return asker.answer(tx, ok(id=id, delivery=delivery, status="pending", message=f"{delivery} is on its way again"))
+        return asker.answer(tx, ok(warning, id=id, delivery=delivery, status="pending",
+                                   message=f"{delivery} is on its way again"))
 
 
 # --- the log and the daemon itself ------------------------------------------------------------------------------------
@@ -3860,17 +3890,20 @@ def get_activity(daemon: Daemon, asker: Asker, limit: Count = 100, type: Optiona
 @operation("GET /events")
 def events(daemon: Daemon, asker: Asker, type: Optional[EventPattern] = None, after: Optional[Cursor] = None) -> Stream:
     """Follow what happens as Server-Sent Events; Last-Event-ID resumes exactly."""
-    forgotten = daemon.store.value("SELECT value FROM META WHERE key = 'forgotten'")
-    cursor, opening = begin_stream(daemon, asker, after, forgotten)
+    cursor, opening = begin_stream(daemon, asker, after)
+    messages, told = asks_for_messages(type), 0
 
     def read() -> list[bytes]:
-        nonlocal cursor
-        rows = event_list(daemon.store, type, after=cursor)
-        cursor = rows[-1]["id"] if rows else cursor
-        return [sse(row["kind"], event_view(row), row["id"]) for row in rows]
+        nonlocal cursor, told
+        current, rows = daemon.store.ids.value, event_list(daemon.store, type, after=cursor)
+        lost = max(daemon.store.value("SELECT value FROM META WHERE key = 'forgotten'"),
+                   channel_dropped(daemon.store, "*") if messages else 0)
+        parts = [sse("gap", {"from": cursor, "to": lost})] if lost > max(cursor, told) else []
+        told = max(told, lost)
+        cursor = rows[-1]["id"] if rows else max(cursor, current)
+        return parts + [sse(row["kind"], event_view(row), row["id"]) for row in rows]
 
-    topics = ["events", "channel:*"] if asks_for_messages(type) else ["events"]
-    return follow_topics(daemon, asker, topics, opening, read)
+    return follow_topics(daemon, asker, ["events", "channel:*"] if messages else ["events"], opening, read)
 
 
 def uptime(daemon: Daemon) -> int:
@@ -3896,7 +3929,7 @@ def version(daemon: Daemon, asker: Asker) -> Reply:
 
 @operation("GET /metrics")
 def metrics(daemon: Daemon, asker: Asker) -> Reply:
-    """Numbers about the daemon: what it holds, who waits, how large it is."""
+    """Numbers about the daemon: what it holds, and who waits."""
     store = daemon.store
     counts = {camel(table.lower()): store.value(f"SELECT count(*) FROM {table}")
               for table in ("SERVICES", "CHANNELS", "MESSAGES", "LOCKS", "AGENTS", "EVENTS", "DELIVERIES")}
@@ -3909,7 +3942,7 @@ def metrics(daemon: Daemon, asker: Asker) -> Reply:
 def config(daemon: Daemon, asker: Asker) -> Reply:
     """The settings of this daemon."""
     settings = daemon.settings
-    return ok(port=daemon.port, home=settings.home, range=list(settings.range), url=f"http://127.0.0.1:{daemon.port}",
+    return ok(port=daemon.port, home=settings.home, range=list(settings.range), url=daemon.url,
               maxConnections=settings.max_connections, maxWaiters=settings.max_waiters)
 
 
@@ -4103,17 +4136,20 @@ class Watcher:
     def __init__(self, daemon: Daemon) -> None:
         self.bell = daemon.bell
         self.watched: dict[socket.socket, Waiter] = {}  # storing and popping are atomic
+        self.idle = False  # said before it is seen that there is nobody: who is added from then on rings
 
     def add(self, connection: socket.socket, waiter: Waiter) -> None:
         self.watched[connection] = waiter
-        if len(self.watched) == 1:
+        if self.idle:
             self.bell.ring("watcher")
 
     def work(self) -> int:
+        self.idle = False
         for connection, waiter in list(self.watched.items()):
             if not has_peer(connection):
                 self.bell.hang_up(waiter)
-        return 250 if self.watched else TICK_AT_MOST
+        self.idle = not self.watched
+        return TICK_AT_MOST if self.idle and not self.watched else 250
 
 
 # ======================================================================================================================
@@ -4142,10 +4178,6 @@ HEADER = re.compile(r"([^:\r\n]+):([^\r\n]*)\r\n")
 SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "origin", "sec-fetch-site", "sec-fetch-mode",
           "sec-fetch-dest", "x-agent-id", "x-pid", "last-event-id", "expect", "authorization",
           "idempotency-key")  # headers that may not be sent twice
-FULL = (b'HTTP/1.1 503 Service Unavailable\r\nServer: port-daddy/\r\nRetry-After: 1\r\nConnection: close\r\n'
-        b'Content-Type: application/json\r\nContent-Length: 84\r\n\r\n'
-        b'{"success":false,"code":"BUSY","error":"all connections are taken; try again in 1s"} ')
-LOCAL_NAMES: frozenset[str] = frozenset(("localhost", "127.0.0.1", "[::1]"))
 
 
 class Request(NamedTuple):
@@ -4212,7 +4244,8 @@ class Gate:
 
     def __init__(self, settings: Settings) -> None:
         bound = f"[{settings.host}]" if ":" in settings.host else settings.host
-        self.names = LOCAL_NAMES | {name.lower() for name in (bound, *settings.allowed_hosts.split(",")) if name}
+        names = {name.lower() for name in ("localhost", "127.0.0.1", "[::1]", bound, *settings.allowed_hosts.split(","))}
+        self.names = frozenset(names - {"", "0.0.0.0", "[::]"})
         self.origins = frozenset(settings.allowed_origins.split(",")) - {""}
         self.token, self.peer_check = settings.token.encode(), settings.peer_check
 
@@ -4323,7 +4356,7 @@ class Router:
 
     def _find(self, method: str, path: str) -> tuple[Operation, dict[str, str]]:
         """The operation and its path parameters; the path is split first and decoded then (RFC 3986, 2.4)."""
-        segments = [unquote(segment) if "%" in segment else segment for segment in path.split("/")[1:]]
+        segments = [unquote(segment) for segment in path.split("/")[1:]]
         values: list[str] = []
         node = self.root
         for position, segment in enumerate(segments):
@@ -4341,7 +4374,7 @@ class Router:
                 break
         methods = node.get("") or ({"GET": None} if path in PAGES else None)
         if not methods:
-            raise PortDaddyError("NOT_FOUND", "there is no such path; the README lists them all")
+            raise PortDaddyError("NOT_FOUND", "there is no such path; GET /llms.txt and GET /openapi.json list them")
         if method not in methods:
             raise PortDaddyError("METHOD_NOT_ALLOWED", f"this path knows {', '.join(sorted(methods))}",
                                  allow=sorted(methods))
@@ -4663,7 +4696,7 @@ class Server:
             if home_lock is None:
                 other = read_daemon_file(home) or {"url": "an unknown address", "pid": "unknown"}
                 raise PortDaddyError("ALREADY_RUNNING", f"a daemon already serves {home}: pid {other['pid']} at "
-                                     f"{other['url']}", **other)
+                                     f"{other['url']}; use it, or stop it first", **other)
             self.home_lock = home_lock
             undo.callback(os.close, home_lock)
             doors = open_doors(self)
@@ -4674,10 +4707,13 @@ class Server:
             self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
             self.daemon = daemon = Daemon(self.settings, self.clock)
             undo.callback(daemon.store.close)
-            daemon.port = self.port
+            daemon.port, daemon.url = self.port, self.url
             self.signature = (f"Server: port-daddy/{__version__} protocol/{PROTOCOL} instance/{daemon.instance}\r\n"
                               "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
                               "Cross-Origin-Resource-Policy: same-origin\r\n")
+            full = to_json(PortDaddyError("BUSY", "all connections are taken; try again in a second").body)
+            self.full = (f"HTTP/1.1 503 {REASONS[503]}\r\n{self.signature}Retry-After: 1\r\nConnection: close\r\n"
+                         f"Content-Type: application/json\r\nContent-Length: {len(full)}\r\n\r\n{full}").encode()
             with daemon.write() as tx:
                 tx.emit("daemon.start", "daemon", version=__version__, port=self.port, pid=os.getpid())
             undo.callback(self.say_stop)
@@ -4773,7 +4809,7 @@ def open_door(server: Server, family: int, address: str, port: int) -> Any:
                             raise
                     else:
                         with contextlib.suppress(OSError):
-                            connection.send(b"" if self.closed else FULL)
+                            connection.send(b"" if self.closed else server.full)
                         connection.close()
                 except (OSError, RuntimeError):  # out of descriptors or threads, or closed: neither stop nor spin
                     if not self.closed:
@@ -4824,7 +4860,8 @@ def open_doors(server: Server) -> list[Any]:
                 for door in opened:
                     door.server_close()
                 if error.errno != errno.EADDRINUSE:
-                    raise PortDaddyError("CANNOT_LISTEN", f"port {port} cannot be bound: {error.strerror}") from None
+                    raise PortDaddyError("CANNOT_LISTEN", f"port {port} of {address} cannot be bound ({error.strerror}); "
+                                         "set PORT_DADDY_HOST or PORT_DADDY_PORT") from None
                 break
         else:
             return opened
@@ -4998,7 +5035,7 @@ class Caller(Closing):
             if not self.autostart or self.url or not start:
                 raise
         url = start_daemon(self.settings)
-        if sys.stderr.isatty():
+        if on_terminal(sys.stderr):
             say(f"pd: started the daemon at {url}")
         return Link(url, self.timeout / 1000)
 
@@ -5616,9 +5653,9 @@ def is_port_daddy(url: str) -> bool:
 def find_url(settings: Settings) -> tuple[str, Optional[str]]:
     """Where the daemon of these settings is: what was said, else what it wrote down, with its instance, else the usual
     port."""
-    found = read_daemon_file(settings.home)
     if settings.url:
         return settings.url, None
+    found = read_daemon_file(settings.home)
     if found:
         return str(found["url"]), str(found.get("instance"))
     usual = os.path.abspath(os.path.expanduser(default_home(os.environ)))
@@ -5683,8 +5720,7 @@ class Mapped(Kind):
     """A JSON object of texts and numbers, such as environment variables; the values as text."""
 
     def parse(self, value: Any) -> dict[str, str]:
-        if not isinstance(value, dict) or not all(isinstance(item, (str, int, float)) for item in value.values()):
-            raise ValueError
+        expect(isinstance(value, dict) and all(isinstance(item, (str, int, float)) for item in value.values()))
         return {name: item if isinstance(item, str) else to_json(item) for name, item in value.items()}
 
 
@@ -5692,9 +5728,9 @@ class Needs(Kind):
     """["db"], or {"db": "healthy", "migrate": "completed"}."""
 
     def parse(self, value: Any) -> dict[str, str]:
+        expect(not isinstance(value, list) or all(isinstance(name, str) for name in value))
         needs = dict.fromkeys(value, "healthy") if isinstance(value, list) else value
-        if not isinstance(needs, dict) or not all(condition in CONDITIONS for condition in needs.values()):
-            raise ValueError
+        expect(isinstance(needs, dict) and all(condition in CONDITIONS for condition in needs.values()))
         return needs
 
 
@@ -5802,10 +5838,10 @@ def load_project(path: str, context: Optional[str], branch: bool = False) -> Pro
 
     text, folder = read_text(path), os.path.dirname(path)
     try:
-        json.loads(text)
-    except ValueError as error:
+        json.loads(text)  # which says where the mistake is
+        top = read_json(text)
+    except (ValueError, PortDaddyError) as error:
         raise PortDaddyError("BAD_JSON", f"{path} is not JSON: {error}") from None
-    top = read_json(text)
     if not isinstance(top, dict) or not isinstance(top.get("services"), dict) or not top["services"]:
         raise PortDaddyError("BAD_VALUE", f'{path} must be a JSON object with "services": {{"api": {{"cmd": …}}}}')
     for field in top:
@@ -5916,8 +5952,8 @@ def check_trust(path: str) -> None:
     if owners <= {us, 0} or us == 0 and len(owners) == 1:
         return
     say(f"pd: {path}, or its folder, belongs to another user (uid {max(owners - {us})}); its commands are:\n"
-        f"{read_text(path)}")
-    if not sys.stdin.isatty() or input("run them? [y/N] ").strip().lower() not in ("y", "yes"):
+        f"{read_text(path)}\nrun them? [y/N]")
+    if not on_terminal(sys.stdin) or sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise PortDaddyError("BAD_VALUE", f"{path} belongs to another user; --trust runs its commands all the same")
 
 
@@ -5995,9 +6031,7 @@ class Prober:
             if status:
                 raise PortDaddyError("INTERNAL", f"the check exited with {status}{': ' + said if said else ''}")
             return None
-        if child.port is None:
-            raise PortDaddyError("BAD_VALUE", f"{child.service.name} has no port to ask")
-        addresses = resolve("localhost", child.port)
+        addresses = resolve("localhost", child.port or 0)
         if rule == "tcp" or self.connect_only:
             try:
                 dial(addresses, HEALTH_TIMEOUT).close()
@@ -6078,7 +6112,7 @@ class Reporter(threading.Thread):
         import collections
         import queue
         super().__init__(name="reporter", daemon=True)
-        self.pd, self.over, self.empty, self.patience = pd, threading.Event(), queue.Empty, 1_000
+        self.pd, self.over, self.empty = pd, threading.Event(), queue.Empty
         self.calls: queue.Queue[Callable[[], Any]] = queue.Queue()
         self._lines: dict[str, Deque[Reply]] = collections.defaultdict(lambda: collections.deque(maxlen=KEEP_LINES))
 
@@ -6093,12 +6127,14 @@ class Reporter(threading.Thread):
         self.join(10)
 
     def run(self) -> None:
-        while not (self.over.is_set() and self.calls.empty() and not any(self._lines.values())) and self.patience > 0:
-            self.patience -= self.over.is_set()  # a daemon that is away is not waited for at the end
-            with contextlib.suppress(self.empty, PortDaddyError):
-                self.calls.get(timeout=0.2)()
-            with contextlib.suppress(PortDaddyError):
+        while not (self.over.is_set() and self.calls.empty() and not any(self._lines.values())):
+            try:
+                with contextlib.suppress(self.empty):
+                    self.calls.get(timeout=0.2)()
                 self.flush()
+            except PortDaddyError as problem:
+                if self.over.is_set() and is_away(problem):
+                    return  # a daemon that is away is not waited for at the end
 
     def flush(self) -> None:
         for identity, waiting in list(self._lines.items()):
@@ -6112,7 +6148,7 @@ class Reporter(threading.Thread):
                     self.pd.add_logs(identity, batch)
             except DaemonUnreachable:
                 waiting.extendleft(reversed(batch))
-                return
+                raise
 
 
 # --- what people see --------------------------------------------------------------------------------------------------
@@ -6138,8 +6174,8 @@ class Screen:
         # Guards the terminal: the output thread and the main loop both write. Nothing else is held with it.
         self._lock = threading.Lock()
         self.children, self.plain = children, plain
-        self.live = sys.stdout.isatty() and not plain
-        self.color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self.live = on_terminal(sys.stdout) and not plain
+        self.color = on_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
         self.width = max(map(len, children))
         self.paint = {name: self.COLORS[number % len(self.COLORS)] for number, name in enumerate(children)}
         self.block = 0  # how many lines of the block stand on the screen now
@@ -6182,7 +6218,7 @@ class Screen:
         self.starting, self.block = False, 0
 
     def rows(self) -> list[str]:
-        room = os.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+        room = terminal_width()
         return [row if len(row) <= room + 9 * self.color else row[:room - 1 + 9 * self.color] + "…"
                 for row in map(self.row, self.children.values())]
 
@@ -6222,8 +6258,10 @@ def environment(children: Mapping[str, Child], child: Child, daemon_url: str) ->
               "PORT_DADDY_ID": child.service.identity}
     for name, other in children.items():
         word = re.sub(r"[^A-Z0-9]", "_", name.upper())
-        values.update({f"{word}_PORT": str(other.port)} if other.port else {})
-        values.update({f"{word}_URL": other.url} if other.url else {})
+        if other.port:
+            values[f"{word}_PORT"] = str(other.port)
+        if other.url:
+            values[f"{word}_URL"] = other.url
     if child.port is not None:
         values["PORT"] = str(child.port)
     return {**values, **{name: expand(children, child, text) for name, text in child.service.env.items()}}
@@ -6260,31 +6298,11 @@ def claim_port(pd: PortDaddy, project: Project, child: Child, note: Callable[[st
     child.port = reply["port"]
 
 
-class Checks:
-    """The health checks that are commands: they end with us, however we end."""
-
-    def __init__(self, guardian: Guardian) -> None:
-        self.guardian = guardian
-        self.groups: set[int] = set()  # adding and discarding are atomic
-
-    def run(self, command: str, environ: Mapping[str, str], folder: str) -> tuple[int, str]:
-        return shell_status(command, environ, folder, 5.0, self.began, self.ended)
-
-    def began(self, group: int) -> None:
-        self.groups.add(group)
-        self.guardian.add(group, 9, 0.0)
-
-    def ended(self, group: int) -> None:
-        self.groups.discard(group)
-        self.guardian.remove(group)
-
-    def stop(self) -> None:
-        for group in list(self.groups):
-            group_signal(group, 9)
-
-
 def await_exit(process: subprocess.Popen[bytes], report: Callable[[int], None]) -> None:
-    status = process.wait()
+    """Tell of its end once what it printed has been read; a grandchild may hold the pipes for longer."""
+    status, deadline = process.wait(), time.monotonic() + 1
+    while time.monotonic() < deadline and not all(pipe is None or pipe.closed for pipe in (process.stdout, process.stderr)):
+        time.sleep(0.01)
     report(128 - status if status < 0 else status)
 
 
@@ -6317,7 +6335,6 @@ class Supervisor:
                     self.pd.release(child.service.identity)
             raise
         self.guardian = Guardian()
-        self.checks = Checks(self.guardian)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.on_interrupt)
         self.reporter.start()
@@ -6378,7 +6395,7 @@ class Supervisor:
         self.guardian.add(process.pid, service.stop_signal, service.stop_timeout)
         child_go(process)
         self.output.add(child, process)
-        prober = Prober(child, environ, lambda *facts: self.events.put(facts), self.checks.run)
+        prober = Prober(child, environ, lambda *facts: self.events.put(facts), self.check)
         run = child.run
         ended = functools.partial(await_exit, process, lambda status: self.events.put(("exit", child, run, status)))
         threads: list[Callable[[], None]] = [prober.loop, ended]
@@ -6387,6 +6404,11 @@ class Supervisor:
         self.report(child, "starting")
         self.screen.changed(child)
         return None
+
+    def check(self, command: str, environ: Mapping[str, str], folder: str) -> tuple[int, str]:
+        """A health check that is a command. The guardian knows its group, so it ends with us, however we end."""
+        return shell_status(command, environ, folder, 5.0, lambda group: self.guardian.add(group, 9, 0.0),
+                            self.guardian.remove)
 
     def make_way(self, child: Child) -> None:
         """Somebody has taken the port since it was claimed: another one will do, or nothing will."""
@@ -6455,6 +6477,7 @@ class Supervisor:
     def settle(self, child: Child, state: str, status: str) -> None:
         child.state, child.ended = state, time.monotonic()
         self.report(child, status)
+        self.answer(self.asked.pop(child.service.name, []), True, f"{child.service.name} has ended with 0")
         self.screen.changed(child)
 
     def restart_later(self, child: Child, status: int) -> None:
@@ -6525,7 +6548,7 @@ class Supervisor:
             self.asked.setdefault(child.service.name, []).append(number)
             child.restarts, child.retried = 0, False
             self.stop_groups([child])
-            self.start(child)
+            child.state = "waiting"
         elif "do" in payload:
             self.answer([number], False, f"there is no service {payload.get('service')} to {payload['do']}; there are "
                         f"{', '.join(self.children)}")
@@ -6540,7 +6563,6 @@ class Supervisor:
     def stop(self, children: list[Child]) -> None:
         """Level by level: nothing is stopped while something runs that needs it."""
         self.screen.block, self.screen.starting, self.ending = 0, False, True
-        self.checks.stop()
         while children:
             needed = {need for child in children for need in child.service.needs}
             level = [child for child in children if child.service.name not in needed]
@@ -6594,8 +6616,8 @@ def supervise(project: Project, pd: PortDaddy, keep_going: bool = False, health:
         if problem.code != "LOCK_HELD":
             raise
         pid = pd.check_lock(project.lock)["pid"]
-        which, end = (f" ({project.context})" if project.context else "", "`pd down`")
-        end = f"`kill {pid}`" if project.kind == "run" else end
+        which = f" ({project.context})" if project.context else ""
+        end = f"`kill {pid}`" if project.kind == "run" else "`pd down`"
         raise PortDaddyError("ALREADY_RUNNING", f"{project.name}{which} is run by pid {pid} already; see what it does with "
                              f"`pd logs -f`, end it with {end}, or give this one another name or --context",
                              pid=pid) from None
@@ -6786,7 +6808,7 @@ def openapi_page(daemon: Daemon, accept: str) -> Page:
 @page("/llms.txt")
 def llms_page(daemon: Daemon, accept: str) -> Page:
     """What an agent has to know to use the daemon with curl alone."""
-    url = f"http://127.0.0.1:{daemon.port}"
+    url = daemon.url
     lines = [f"# Port Daddy {__version__}", "",
              "> The one daemon that coding agents, terminals and dev servers here ask for ports, locks, tasks.", "",
              "GET and DELETE take fields from the query, POST and PUT from a JSON body. A failure has `code` and `error`.",
@@ -6890,7 +6912,7 @@ end
 complete -c pd -c port-daddy -c port_daddy.py -a '(__port_daddy)'
 """}
 
-LIVE = (("release url wait logs restart", "list_services", "services", "id"),  # whose names a command may be given
+LIVE = (("release url wait logs", "list_services", "services", "id"),  # whose names a command may be given
         ("pub poll sub work watch ack nack touch groups dead redrive clear", "list_channels", "channels", "channel"),
         ("lock unlock extend check with-lock", "list_locks", "locks", "name"), ("agent", "list_agents", "agents", "id"),
         ("webhook", "list_webhooks", "webhooks", "id"))
@@ -6944,7 +6966,9 @@ def scan(top: str) -> dict[str, Any]:
             found.append(Found(name if folder != "." else seen[0], *seen, folder))
     services: dict[str, Any] = {}
     for one in sorted(found, key=lambda one: ("data", "api", "web", "worker").index(one.tier)):
-        name = one.name if one.name not in services else f"{one.name}-{one.tier}"
+        name = one.name
+        while name in services:
+            name += f"-{one.tier}"
         below = {"web": ("api", "data"), "api": ("data",), "worker": ("data",)}.get(one.tier, ())
         tiers = [[other.name for other in found if other.tier == tier] for tier in below]
         needs = next((tier for tier in tiers if tier), [])
@@ -7215,6 +7239,7 @@ class Bench:
     # --- what is measured ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
+        self.timed_command(*own_command("version")[0][1:])()  # so that no daemon that is measured has to compile
         self.pid, self.port = self.start("daemon")
         self.limit = self.start("limit", os.path.abspath(__file__), "limit")[1]
         self.crowds()
@@ -7532,7 +7557,7 @@ def check_port(settings: Settings) -> Finding:
     if not port or not listeners().get(port):
         return Finding("port", "ok", f"port {port} is free" if port else "any free port will do")
     ours = read_daemon_file(settings.home)
-    if PortDaddy(f"http://127.0.0.1:{port}", pid=0).ping():
+    if is_port_daddy(f"http://127.0.0.1:{port}"):
         mine = ours and split_url(str(ours["url"]))[2] == port
         return Finding("port", "ok", f"port {port} is the daemon's" if mine else
                        f"port {port} belongs to another Port Daddy; ours takes a free one")
@@ -7720,7 +7745,8 @@ def field_value(field: Field, text: Any) -> Any:
         return text
     if isinstance(text, list):
         text = ",".join(text)
-    if field.wire == "payload":
+    field = field._replace(wire=field.name.replace("_", "-"))  # as it is typed here
+    if field.name == "payload":
         text = (sys.stdin.read() if sys.stdin else "") if text == "-" else text
         with contextlib.suppress(PortDaddyError):
             return read_json(text)
@@ -7732,8 +7758,8 @@ def field_value(field: Field, text: Any) -> Any:
         return field.check(text, read=True)
     except PortDaddyError as problem:
         if isinstance(field.kind, Period):  # here a bare number is not taken for milliseconds
-            raise PortDaddyError("BAD_VALUE", str(problem).replace('milliseconds, or text such as "30s"', "such as 30s"),
-                                 field=field.wire) from None
+            words = str(problem).replace('milliseconds, or text such as "30s" or "2h30m"', "such as 30s or 2h30m")
+            raise PortDaddyError("BAD_VALUE", words, field=field.wire) from None
         raise
 
 
@@ -7750,7 +7776,7 @@ def run_operation(one: Operation, options: argparse.Namespace) -> int:
     for name in sorted({"timeout", "wait"} & set(one.fields)):
         fields.setdefault(name, one.fields[name].default)
     longest = milliseconds(fields.get("timeout", fields.get("wait", 0)))
-    if longest and sys.stderr.isatty():
+    if longest and on_terminal(sys.stderr):
         say(f"waiting for up to {span(longest)} …")
     client = new_client(options)
     reply = client.ask(one.name, fields)
@@ -7837,13 +7863,13 @@ def show_table(rows: Sequence[Reply], columns: Sequence[str], name: str) -> None
     table = [[heading(column.rpartition(".")[2]).upper() for column in columns]]
     table += [[printable(cell(column, dig(row, column))) for column in columns] for row in rows]
     widths = [max(len(line[position]) for line in table) for position in range(len(columns))]
-    room = os.get_terminal_size().columns if sys.stdout.isatty() else 10 ** 9
+    room = terminal_width()
     while sum(widths) + 2 * len(widths) > room + 2 and max(widths) > 8:
         widths[widths.index(max(widths))] -= 1  # the longest column gives way first
-    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    color = on_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
     for line in table:
         words = [(word if len(word) <= width else word[:width - 1] + "…").ljust(width) for word, width in zip(line, widths)]
-        text = printable("  ".join(words).rstrip())
+        text = "  ".join(words).rstrip()
         for state, code in STATE_COLORS.items() if color else ():
             text = re.sub(rf"(?<=  ){state}(?=  |$)", f"\x1b[{code}m{state}\x1b[0m", text)
         write_text(1, f"{text}\n")
@@ -7946,7 +7972,7 @@ def daemon_stop(options: argparse.Namespace) -> None:
         if time.monotonic() > deadline:
             raise PortDaddyError("TIMED_OUT", f"the daemon (pid {pid}) has not ended within 10 s; end it with kill -9")
         time.sleep(0.02)
-    if options.json and options.command == "daemon restart":
+    if options.command == "daemon restart" and (options.json or options.quiet):
         return
     show({"stopped": True, "pid": pid, "message": f"stopped the daemon (pid {pid})"}, options, "", "pid")
 
@@ -8006,7 +8032,8 @@ def show_env(options: argparse.Namespace) -> None:
         values.update(present(**{f"{name}_PORT": str(service["port"]), f"{name}_URL": service["endpoints"].get("local")}))
     if options.json or options.format == "json":
         out(json.dumps(values, indent=2))
-    for name, value in values.items() if not options.json and options.format != "json" else ():
+        return
+    for name, value in values.items():
         quoted = value if re.fullmatch(r"[A-Za-z0-9_:/.\[\]-]*", value) else "'" + value.replace("'", "'\\''") + "'"
         out(f"{'export ' if options.format == 'export' else ''}{name}={quoted}")
 
@@ -8021,14 +8048,14 @@ def say_loss(what: Reply) -> None:
 def follow_channel(options: argparse.Namespace) -> None:
     """Follow a channel: one JSON message a line, until interrupted."""
     with new_client(options).subscribe(options.channel, after=options.after, on_loss=say_loss) as messages:
-        if sys.stderr.isatty():
+        if on_terminal(sys.stderr):
             say(f"following {options.channel}; Ctrl-C ends")
         for message in messages:
             out(plain(message["payload"]) if options.quiet else to_json(message))
 
 
 @command("with-lock", "pd with-lock db-migration --wait 5m -- npm run migrate", argument("name", help="the lock"),
-         argument("--owner", help="who holds it (default: this process)"),
+         argument("--owner", help="who holds it (default: PORT_DADDY_AGENT, else this process)"),
          argument("--ttl", default="60s", help="length of the lease, renewed meanwhile (default 60s)"),
          argument("--wait", default="60s", help="how long to wait for it (default 60s)"),
          argument("--limit", default="1", help="how many may hold it at once (default 1)"))
@@ -8044,7 +8071,7 @@ def with_lock(options: argparse.Namespace) -> int:
         say(f"pd: lock {options.name} was lost; stopping the command")
         runner.stop()
 
-    if wait and sys.stderr.isatty():
+    if wait and on_terminal(sys.stderr):
         holder = client.check_lock(options.name)
         if holder["held"]:
             say(f"pd: waiting up to {span(wait)} for {options.name}, held by {holder['owner'] or 'somebody'}")
@@ -8107,7 +8134,7 @@ def message_environment(message: Reply, **more: Any) -> dict[str, str]:
 def work_on(options: argparse.Namespace) -> int:
     """Run a command for each task of a channel, its payload on stdin; a status other than 0 gives the task back."""
     words = need_words(options)
-    kinds = {"group": GroupName, "lease": Duration, "max_attempts": Attempts, "delay": Delay, "idle": Delay}
+    kinds = {"group": GroupName, "lease": Duration, "max_attempts": Count, "delay": Delay, "idle": Delay}
     given = {name: field_value(Field(name, name, kind_of(kind), False, None), getattr(options, name))
              for name, kind in kinds.items() if getattr(options, name) is not None}
     for task in new_client(options, pid=os.getpid()).work(options.channel, **given):
@@ -8148,28 +8175,25 @@ def watch(options: argparse.Namespace) -> int:
 
 # --- projects ---------------------------------------------------------------------------------------------------------
 
-def dev_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--service", action="append", metavar="NAME", help="only this one and what it needs (repeat for "
-                        "more)")
-    context_arguments(parser)
-    parser.add_argument("--no-health", action="store_true", help="do not check: healthy means started")
-    parser.add_argument("--keep-going", action="store_true", help="when a service fails, let the others go on")
-    parser.add_argument("--trust", action="store_true", help="run the commands of a file that belongs to somebody else")
-
-
-def context_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--context", help="the last segment of the identities (PORT_DADDY_CONTEXT; default: main, or the "
-                        "branch of a linked worktree; '' for none)")
-    parser.add_argument("--branch", action="store_true", help="the branch as the context, in the main checkout too")
+CONTEXT = (
+    argument("--context", help="the last segment of the identities (PORT_DADDY_CONTEXT; default: main, or the branch of a "
+             "linked worktree; '' for none)"),
+    argument("--branch", action="store_true", help="the branch as the context, in the main checkout too"))
 
 
 def this_project(options: argparse.Namespace) -> tuple[str, Project]:
     path = find_project_file(os.getcwd())
-    context = options.context if options.context is not None else os.environ.get("PORT_DADDY_CONTEXT")
+    context = options.context
+    if context is None and not options.branch:
+        context = os.environ.get("PORT_DADDY_CONTEXT")
     return path, load_project(path, context, options.branch)
 
 
-@command("dev", "pd dev --service api", dev_arguments)
+@command("dev", "pd dev --service api",
+         argument("--service", action="append", metavar="NAME", help="only this one and what it needs (repeat for more)"),
+         *CONTEXT, argument("--no-health", action="store_true", help="do not check: healthy means started"),
+         argument("--keep-going", action="store_true", help="when a service fails, let the others go on"),
+         argument("--trust", action="store_true", help="run the commands of a file that belongs to somebody else"))
 def dev(options: argparse.Namespace) -> int:
     """Start the services of .portdaddyrc in the order of their needs, and keep them until Ctrl-C."""
     path, project = this_project(options)
@@ -8198,7 +8222,7 @@ def ask_dev(project: Project, options: argparse.Namespace, what: Reply, timeout:
     raise PortDaddyError("TIMED_OUT", f"the dev of {project.name} has not answered within {timeout:g} s")
 
 
-@command("down", "pd down", context_arguments)
+@command("down", "pd down", *CONTEXT)
 def down(options: argparse.Namespace) -> int:
     """Stop the running `dev` of this folder, and all its services."""
     _, project = this_project(options)
@@ -8213,12 +8237,7 @@ def down(options: argparse.Namespace) -> int:
     return 0
 
 
-def restart_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", help="a service of .portdaddyrc")
-    context_arguments(parser)
-
-
-@command("restart", "pd restart api", restart_arguments)
+@command("restart", "pd restart api", argument("name", help="a service of .portdaddyrc"), *CONTEXT)
 def restart(options: argparse.Namespace) -> int:
     """Restart a service of the running `dev` of this folder, and wait until it is up again."""
     _, project = this_project(options)
@@ -8229,14 +8248,10 @@ def restart(options: argparse.Namespace) -> int:
     return 0
 
 
-def logs_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="*", help="services by name or identity (default: all of this folder's project)")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as they print")
-    parser.add_argument("--tail", type=int, default=100, metavar="N", help="how many lines of each (default 100)")
-    context_arguments(parser)
-
-
-@command("logs", "pd logs api -f", logs_arguments)
+@command("logs", "pd logs api -f", argument("name", nargs="*", help="services by name or identity (default: all of this "
+                                           "folder's project)"),
+         argument("-f", "--follow", action="store_true", help="go on as they print"),
+         argument("--tail", type=int, default=100, metavar="N", help="how many lines of each (default 100)"), *CONTEXT)
 def logs(options: argparse.Namespace) -> int:
     """What services have printed."""
     known: dict[str, str] = {}
@@ -8244,23 +8259,27 @@ def logs(options: argparse.Namespace) -> int:
         known = {name: service.identity for name, service in this_project(options)[1].services.items()}
     chosen = {name: known.get(name, name) for name in options.name or known}
     width, client = max(map(len, chosen)), new_client(options)
-    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    color = on_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
 
-    def show_line(name: str, line: Reply) -> None:
+    def show_line(name: str, line: Reply) -> bool:
         prefix = f"{name.ljust(width)} │ " if len(chosen) > 1 else ""
         text = to_json({**line, "service": chosen[name]}) if options.json else prefix + log_text(line["text"], color)
-        write_text(1, f"{text}\n")
+        return write_text(1, f"{text}\n")
 
     def follow(name: str) -> None:
-        for line in client.follow_logs(chosen[name], tail=max(0, min(options.tail, KEEP_LINES))):
-            show_line(name, line)
+        try:
+            for line in client.follow_logs(chosen[name], tail=max(0, min(options.tail, KEEP_LINES))):
+                if not show_line(name, line):
+                    break
+        except PortDaddyError as problem:
+            say(f"pd: {problem}")
+        over.set()
 
-    if options.follow:
-        threads = [threading.Thread(target=follow, args=(name,), daemon=True) for name in chosen]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    if options.follow:  # until one of them ends: nobody reads us any more, or the daemon has gone
+        over = threading.Event()
+        for name in chosen:
+            threading.Thread(target=follow, args=(name,), daemon=True).start()
+        over.wait()
         return 1
     found = []
     for name, identity in chosen.items():
@@ -8272,13 +8291,9 @@ def logs(options: argparse.Namespace) -> int:
     return 0
 
 
-def scan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", default=".", help="where to look (default: here)")
-    parser.add_argument("--dry-run", action="store_true", help="show the file, and write nothing")
-    parser.add_argument("--force", action="store_true", help="replace a .portdaddyrc that is there")
-
-
-@command("scan", "pd scan --dry-run", scan_arguments)
+@command("scan", "pd scan --dry-run", argument("folder", nargs="?", default=".", help="where to look (default: here)"),
+         argument("--dry-run", action="store_true", help="show the file, and write nothing"),
+         argument("--force", action="store_true", help="replace a .portdaddyrc that is there"))
 def scan_project(options: argparse.Namespace) -> int:
     """Look at a folder, and write the .portdaddyrc that one would write by hand."""
     found, path = scan(options.folder), os.path.join(options.folder, RC_NAMES[0])
@@ -8290,20 +8305,16 @@ def scan_project(options: argparse.Namespace) -> int:
         write_text(1, f"{text}\n")
         return 0
     if os.path.exists(path) and not options.force:
-        raise PortDaddyError("ALREADY_RUNNING", f"{path} is there already; see what would be written with --dry-run, or "
+        raise PortDaddyError("EXISTS", f"{path} is there already; see what would be written with --dry-run, or "
                              "replace it with --force")
     write_file(path, f"{text}\n", 0o644)
     say(f"wrote {path} with {', '.join(found['services'])}; look at it, then run: pd dev")
     return 0
 
 
-def run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id", help="the identity under which it runs")
-    parser.add_argument("--port", type=int, help="the port that it would like")
-    parser.add_argument("--health", metavar="RULE", help='a path such as /health, "tcp", "cmd: …" or "log: regex"')
-
-
-@command("run", "pd run myapp:api -- npm run dev", run_arguments)
+@command("run", "pd run myapp:api -- npm run dev", argument("id", help="the identity under which it runs"),
+         argument("--port", type=int, help="the port that it would like"),
+         argument("--health", metavar="RULE", help='a path such as /health, "tcp", "cmd: …" or "log: regex"'))
 def run_one(options: argparse.Namespace) -> int:
     """Claim a port, run one command with it as PORT, and release it when the command ends."""
     import shlex
@@ -8331,14 +8342,14 @@ def show_skill(options: argparse.Namespace) -> None:
 def vendor(options: argparse.Namespace) -> None:
     """Copy this file into a folder, such as one of a repository."""
     here, there = os.path.abspath(__file__), os.path.join(options.folder, "port_daddy.py")
-    digest = file_hash(here)
-    if os.path.exists(there) and file_hash(there) != digest and not options.force:
-        raise PortDaddyError("ALREADY_RUNNING", f"{there} is there and differs; replace it with --force")
+    digest, known = file_hash(here), file_hash(there) if os.path.exists(there) else ""
+    if known not in ("", digest) and not options.force:
+        raise PortDaddyError("EXISTS", f"{there} is there and differs; replace it with --force")
     with blamed("INTERNAL", f"{options.folder} cannot be made"):
         os.makedirs(options.folder, exist_ok=True)
     with open(here, encoding="utf-8", newline="") as file:
         text = file.read()
-    if not os.path.exists(there) or file_hash(there) != digest:
+    if known != digest:
         write_file(there, text, 0o755)
     show({"path": there, "version": __version__, "sha256": digest}, options, "", "path")
 
@@ -8363,7 +8374,7 @@ def complete(options: argparse.Namespace) -> None:
 def candidates(before: list[str], flags: bool) -> set[str]:
     """What may stand after these words; the daemon is asked for names when one runs, and never started."""
     import argparse
-    known = {words: one for words, one in commands().items() if words not in ("guard", "complete")}
+    known = {words: one for words, one in commands().items() if words not in ("guard", "complete", "limit")}
     if not before:
         return {words.split()[0] for words in known}
     found = {words.split()[1] for words in known if words.split()[0] == before[0] and " " in words and len(before) == 1}
@@ -8403,7 +8414,10 @@ def show_bench(options: argparse.Namespace) -> None:
         out(f"{row}{goal}")
 
     if options.markdown:
-        write_text(1, bench_table(read_object(options.markdown)))
+        written = read_object(options.markdown)
+        if "rows" not in written:
+            raise PortDaddyError("BAD_VALUE", f"{options.markdown} is no report; write one with: pd bench --json > FILE")
+        write_text(1, bench_table(written))
         return
     if not options.json:
         out("a full bar is the limit server, or the most that we want")
@@ -8430,10 +8444,12 @@ def doctor(options: argparse.Namespace) -> int:
 AGREE = argument("--yes", action="store_true", help="do it; without this, only show what would be done")
 
 
-def run_shell(line: str) -> None:
+def run_shell(line: str) -> int:
     """Run a command of the system for people; when it fails or is missing, they are told to run it themselves."""
-    if process_run(["/bin/sh", "-c", line], os.environ, None).wait():
+    status = process_run(["/bin/sh", "-c", line], os.environ, None).wait()
+    if status:
         say(f"pd: that failed (no systemd or launchd of yours may be running here); run it yourself: {line}")
+    return min(status, 1)
 
 
 def this_service(options: argparse.Namespace) -> tuple[str, str, str, str]:
@@ -8443,14 +8459,15 @@ def this_service(options: argparse.Namespace) -> tuple[str, str, str, str]:
 
 
 @command("daemon install", "pd daemon install --yes", AGREE)
-def daemon_install(options: argparse.Namespace) -> None:
+def daemon_install(options: argparse.Namespace) -> int:
     """Have systemd or launchd start the daemon when you log in; shows the file, and writes it with --yes."""
     path, text, switch_on, _ = this_service(options)
     write_text(1, text)
     if os.environ.get("PORT_DADDY_TOKEN"):
         say("pd: the token is not in it: others could read it there. Add it in a file of yours (EnvironmentFile=)")
     if not options.yes:
-        return say(f"pd: this would go to {path} (with --yes), and then: {switch_on}")
+        say(f"pd: this would go to {path} (with --yes), and then: {switch_on}")
+        return 0
     with blamed("INTERNAL", f"{os.path.dirname(path)} cannot be made"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     write_file(path, text, 0o644)
@@ -8722,7 +8739,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return run_command(argv)
         except PortDaddyError as problem:
             say(f"pd: {problem}")
-            if "--json" in argv:
+            if "--json" in (argv[:argv.index("--")] if "--" in argv else argv):
                 out(json.dumps(problem.body, indent=2, ensure_ascii=False))
             return problem.exit_status
     except SystemExit as end:  # argparse has said what it had to say
@@ -8857,7 +8874,7 @@ p:empty, [hidden] { display: none; }
 <dialog id="locked" aria-labelledby="wanted"><form class="text">
 <h2 id="wanted">This daemon wants its token</h2>
 <p>It was started with a token, and answers to nobody without. This tab keeps it until it is closed.</p>
-<label>Token <input id="token" type="password" autocomplete="off" required></label>
+<label>Token <input id="token" type="password" autocomplete="off" pattern="[!-~]+" required></label>
 <p id="wrong" class="bad" role="alert"></p><div><button class="go">Open</button></div></form></dialog>
 <output id="said" popover="manual"></output>
 <script>
@@ -8876,7 +8893,9 @@ const get = url => ask("GET", url);
 
 async function ask(method, url, body) {
   const used = token, more = body && {"Content-Type": "application/json"};
-  const reply = await fetch(url, {method, headers: headers(more), body: body && JSON.stringify(body)});
+  const reply = await fetch(url, {method, headers: headers(more), body: body && JSON.stringify(body)}).catch(() => {
+    throw new Error("no daemon answers; start it with: pd start");
+  });
   return answer(reply, used, await reply.json());
 }
 
@@ -8905,15 +8924,16 @@ const services = async () => {
   const known = new Map(checks.services.map(one => [one.id, one]));
   return listed.services.map(one => ({...known.get(one.id), ...one}));
 };
-const letters = new Map();  // the dead of each channel, which may be large, and what its groups were like just then
+let letters = new Map();  // the dead of each channel, which may be large, and what its groups were like just then
 const channels = async () => {
   const {channels} = await get("/channels"), latest = [...channels].sort((one, other) => other.lastId - one.lastId);
-  const found = await Promise.all(latest.slice(0, 200).map(async ({channel}) => {  // a request each
-    const {groups} = await get(`/msg/${enc(channel)}/groups`), now = JSON.stringify(groups);
-    if (letters.get(channel)?.now !== now) letters.set(channel, {
+  const kept = new Map(), found = await Promise.all(latest.slice(0, 200).map(async ({channel}) => {  // a request each
+    const {groups} = await get(`/msg/${enc(channel)}/groups`), now = JSON.stringify(groups), old = letters.get(channel);
+    kept.set(channel, old?.now === now ? old : {
       now, dead: groups.some(one => one.dead) ? (await get(`/msg/${enc(channel)}/dead`)).messages : []});
     return groups.map(one => ({channel, ...one}));
   }));
+  letters = kept;
   show(LISTS.queues, found.flat());
   show(LISTS.dead, latest.flatMap(({channel}) => letters.get(channel)?.dead || []));
   return channels;
@@ -8975,8 +8995,8 @@ function wellness({status, healthy, error, latency}) {
     small(told && clip(told) + (latency == null ? "" : `, ${Math.round(latency)} ms`))];
 }
 
-function tick() {
-  const now = Date.now(), each = (data, work) => document.querySelectorAll(`[data-${data}]`).forEach(work);
+function tick(root = document) {
+  const now = Date.now(), each = (data, work) => root.querySelectorAll(`[data-${data}]`).forEach(work);
   const put = (one, text) => { if (one.textContent !== text) one.textContent = text; };
   each("since", one => put(one, span(now - one.dataset.since) + " ago"));
   each("until", one => put(one, span(one.dataset.until - now) + " left"));
@@ -9018,8 +9038,8 @@ const LISTS = {
       Channel: one => [strong(one.channel)], Group: one => [one.group], "Backlog#": one => [one.backlog],
       "Leased#": one => [one.leased], "Dead#": one => [one.dead ? pill("bad", one.dead) : 0],
       "Last poll@": one => [since(one.lastPollAt)],
-      "": one => [one.dead && button("Redrive", `all of ${one.channel} ${one.group}`, "redrive", one.channel, one.group,
-        one.dead)].filter(Boolean),
+      "": one => [one.dead > 0 && button("Redrive", `all of ${one.channel} ${one.group}`, "redrive", one.channel,
+        one.group, one.dead)],
     },
   },
   dead: {
@@ -9063,6 +9083,7 @@ const LISTS = {
   },
   events: {
     title: "Events", empty: ["Nothing has happened."], key: one => one.id, fresh: [], paused: false,
+    load: async () => LISTS.events[LISTS.events.paused ? "rows" : "fresh"],
     columns: {
       "Time@": one => [clock(one.timestamp)], "Event@": one => [strong(one.type)],
       Subject: one => [one.targetId, small(one.agentId)], Details: one => [clip(one.details)],
@@ -9105,15 +9126,15 @@ function show(one, rows = one.rows) {
     Object.values(one.columns).forEach((draw, index) => fill(made.cells[index], draw(row)));
     if (there !== made) one.body.insertBefore(made, there || null);
   });
-  if (one.follows && atEnd) one.box.scrollTop = one.box.scrollHeight;
   one.count.textContent = (fitting.length < rows.length ? `${fitting.length} of ` : "") + rows.length +
     (fitting.length > MOST ? `, the first ${MOST} shown: filter to see others` : "");
   if (one.tab) fill(one.tab, [one.title, strong(rows.length)]);
   if (one === LISTS.dead) one.tab.className = rows.length ? "bad" : "";
   one.box.hidden = !chosen.length;
   one.none.hidden = !one.box.hidden;
+  if (one.follows && atEnd) one.box.scrollTop = one.box.scrollHeight;
   fill(one.none, rows.length ? ["Nothing here fits the filter."] : [one.empty[0], " ", one.empty[1] && code(one.empty[1])]);
-  tick();
+  tick(one.section);
 }
 
 // Fetch a list again as soon as it has rested; who asks meanwhile gets one more round in all, not one each.
@@ -9167,7 +9188,7 @@ async function view(one, ...more) {
   one.top.append(node(["button", {act: ["close"], autofocus: ""}, "Close"]));
   one.failed = problem => { one.none.hidden = false; fill(one.none, [problem.message]); };
   $("view").showModal();
-  for (; viewed === one && $("view").open; await pause(1500)) soon(one);
+  for (; viewed === one && $("view").open; await pause(1500)) if (!document.hidden) soon(one);
 }
 
 function publisher(channel, done) {
@@ -9205,7 +9226,8 @@ const ACTIONS = {
     key: one => one.id, follows: true, load: async () => (await get(`/services/${enc(id)}/logs?tail=300`)).lines,
     columns: {
       "Time@": one => [clock(one.at)],  // and the line without the colours of a terminal
-      Line: one => [["code", {class: one.stream === "stderr" && "warn"}, one.text.replace(/\x1b\[[\d;]*[a-z]/gi, "")]],
+      Line: one => [["code", {class: one.stream === "stderr" && "warn"},
+        clip(one.text, 2000).replace(/\x1b\[[\d;]*[a-z]/gi, "")]],
     },
   }),
   channel: channel => {
@@ -9223,7 +9245,7 @@ const ACTIONS = {
     columns: {
       Event: one => [strong(one.event), small(one.id)], "State@": one => [pill(KINDS[one.status] || "bad", one.status)],
       "Tries#": one => [one.attempts], "Answer#": one => [one.responseStatus],
-      "Next try@": one => [one.status === "pending" && until(one.nextAttemptAt)].filter(Boolean),
+      "Next try@": one => [one.status === "pending" && until(one.nextAttemptAt)],
       Error: one => [clip(one.error || "")], "Created@": one => [since(one.createdAt)],
       "": one => one.status === "pending" ? [] : [button("Replay", one.event, "replay", id, one.id, one.event)],
     },
@@ -9243,7 +9265,7 @@ document.addEventListener("keydown", event => {
 // ---- following: one stream of all that happens, while somebody looks, from where the last one ended
 
 const TOUCHED = {service: ["services", "agents"], lock: ["locks", "agents"], agent: ["agents", "services", "locks"],
-  message: ["channels"], webhook: ["webhooks"], daemon: Object.keys(LISTS)};
+  message: ["channels"], webhook: ["webhooks"]};
 let cursor = 0, heard = 0, stream = new AbortController();
 
 function state(kind, text) {
@@ -9262,13 +9284,14 @@ function all() {
 }
 
 function hear(part) {
-  const {id, event, data} = Object.fromEntries(part.split("\n").map(line => line.split(/: (.*)/, 2)));
+  if (stream.signal.aborted) return;  // what came in one piece with the reason for a restart comes again
+  const {id, event, data} = Object.fromEntries(part.split("\n").map(line => line.split(/: (.*)/s, 2)));
   if (event === "gap" || event === "reset") return restart();  // what is still known of it is in the log
   if (event === "connected" && !cursor) begin(JSON.parse(data).lastId).catch(restart);
   if (!id) return;
   cursor = id;
   remember([JSON.parse(data), ...LISTS.events.fresh]);
-  (TOUCHED[event.split(".")[0]] || []).map(name => LISTS[name]).filter(one => one.load).forEach(soon);
+  ["events", ...TOUCHED[event.split(".")[0]] || []].forEach(name => soon(LISTS[name]));
   if (LISTS.webhooks.rows.length) soon(LISTS.webhooks);
 }
 
@@ -9283,18 +9306,15 @@ async function begin(last) {
   LISTS.events.fresh = [];
   const {entries} = await get("/activity?limit=200");
   remember([...LISTS.events.fresh, ...entries]);
-  unfold();
+  soon(LISTS.events);
 }
 
 function remember(entries) {
   LISTS.events.fresh = [...new Map(entries.map(one => [one.id, one])).values()].slice(0, 500);
 }
 
-function unfold() {
-  if (!LISTS.events.paused) show(LISTS.events, LISTS.events.fresh);
-}
-
 async function listen() {
+  stream.abort();
   stream = new AbortController();
   const used = token, more = cursor ? {"Last-Event-ID": cursor} : {};
   const reply = await fetch("/events?type=*.*", {headers: headers(more), signal: stream.signal});
@@ -9306,7 +9326,6 @@ async function listen() {
     const parts = (rest + got.value).split("\n\n");
     rest = parts.pop();
     parts.forEach(hear);
-    unfold();
   }
 }
 
@@ -9341,16 +9360,15 @@ Object.entries(LISTS).forEach(([name, one], place) => {
   document.querySelectorAll("main > div")[place < 4 ? 0 : 1].append(build(one));
   one.section.id = name;
 });
-const events = LISTS.events, pauser = node(["button", {"aria-pressed": "false"}, "Pause"]);
+const events = LISTS.events, pauser = node(["button", {}, "Pause"]);
 events.only = node(["input", {type: "search", name: "only", placeholder: "Filter events", "aria-label": "Filter events"}]);
 events.top.append(events.only, pauser);
 events.only.addEventListener("input", () => show(events));
 $("filter").addEventListener("input", () => Object.values(LISTS).forEach(one => show(one)));
 pauser.addEventListener("click", () => {
   events.paused = !events.paused;
-  pauser.setAttribute("aria-pressed", events.paused);
   pauser.textContent = events.paused ? "Go on" : "Pause";
-  unfold();
+  soon(events);
 });
 follow();
 </script>
@@ -9388,8 +9406,7 @@ def front_page(daemon: Daemon, accept: str) -> Page:
     """The dashboard for a browser; for whoever else asks, what this is and what to type."""
     if "text/html" in accept:
         return dashboard()
-    return Page("text/plain; charset=utf-8", WELCOME.format(
-        version=__version__, url=f"http://127.0.0.1:{daemon.port}").encode())
+    return Page("text/plain; charset=utf-8", WELCOME.format(version=__version__, url=daemon.url).encode())
 
 
 if __name__ == "__main__":
