@@ -239,6 +239,12 @@ def camel(name: str) -> str:
     return head + "".join(word.capitalize() for word in rest)
 
 
+def nearest(word: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """What somebody may have meant."""
+    import difflib
+    return difflib.get_close_matches(word, list(known), most)
+
+
 def expect(holds: object) -> None:
     """What a kind asks of a value; whoever gave it is told what would have been taken."""
     if not holds:
@@ -2110,7 +2116,8 @@ def split_url(url: str) -> tuple[str, str, int, str]:
 def resolve(host: str, port: int) -> list[tuple[Any, ...]]:
     """The addresses of a host, for `dial`."""
     try:
-        return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        name = host.encode() if host.isascii() else host  # a text would first be made IDNA, which takes 3 ms to load
+        return list(socket.getaddrinfo(name, port, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError) as error:
         raise DaemonUnreachable(f"the name {host} has no address ({error})") from None
 
@@ -2779,8 +2786,7 @@ class Operation:
         return values
 
     def _unknown(self, wire: str) -> PortDaddyError:
-        import difflib
-        near = difflib.get_close_matches(wire, self.fields, 1)
+        near = nearest(wire, self.fields)
         hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(self.fields) or 'none'}"
         return PortDaddyError("UNKNOWN_FIELD", f"{self.name} has no field {wire[:60]!r}; {hint} "
                               f"(this daemon is version {__version__})", field=wire[:60], version=__version__)
@@ -3025,10 +3031,11 @@ def refuse_stranger(daemon: Daemon, identity: str, move: bool) -> bool:
     """Whether the server of a known service listens on its port; PORT_HIJACKED when somebody else does.
 
     Asked before the transaction, since finding the process behind a socket can take milliseconds."""
-    known = service_row(daemon.store, identity)
-    there = daemon.listening().get(known["port"], []) if known else []
-    if known is None or not there or known["status"] == "running" and daemon.adopted.get(identity) == there[0].key:
-        return bool(there)
+    port = daemon.store.value("SELECT port FROM SERVICES WHERE id = ?", identity)
+    there = daemon.listening().get(port, []) if port else []
+    known = service_row(daemon.store, identity) if there else None
+    if known is None or known["status"] == "running" and daemon.adopted.get(identity) == there[0].key:
+        return known is not None
     stranger, _ = daemon.stranger(known, there)
     if stranger and not move:
         daemon.observe()
@@ -3872,7 +3879,7 @@ def replay_delivery(daemon: Daemon, asker: Asker, id: HookId, delivery: HookId) 
 def event_view(row: Any) -> Reply:
     facts = from_json(row["facts"])
     words = ", ".join(f"{name} {plain(value)}" for name, value in facts.items()
-                      if value not in (None, [], row["subject"]))
+                      if value not in (None, [], row["subject"]) and not name.endswith("At"))  # instants are for programs
     return {"id": row["id"], "timestamp": row["at"], "type": row["kind"], "agentId": row["agent"],
             "targetId": row["subject"], "details": words, "metadata": facts}
 
@@ -5876,8 +5883,7 @@ def load_service(path: str, name: str, identity: str, raw: dict[str, Any],
     for written, value in raw.items():
         field = RC_ALIASES.get(written, written)
         if field not in RC_FIELDS and not field.startswith("_"):
-            import difflib
-            near = difflib.get_close_matches(field, [*RC_FIELDS, *RC_ALIASES], 1)
+            near = nearest(field, [*RC_FIELDS, *RC_ALIASES])
             raise PortDaddyError("UNKNOWN_FIELD", f"{path}: services.{name} has no field {written!r}; "
                                  f"{f'did you mean {near[0]}?' if near else 'it knows ' + ', '.join(RC_FIELDS)}")
         if field in RC_FIELDS and value is not None:
@@ -7362,7 +7368,7 @@ class Bench:
         bare = self.timed_command("-c", "import http.server, sqlite3")
         self.fill()
         self.beside(f"python -m {module} serve, beside import http.server, sqlite3", 3, self.timed_server("start"), bare)
-        much = f"with {self.most:,} services, {2 * self.most:,} messages"
+        much = f"with {self.most:,} services, {6 * self.most:,} messages"
         self.beside(f"the same, {much}", 3, self.timed_server("full"), bare)
 
     def beside(self, name: str, goal: Optional[float], ours: Callable[[], float], theirs: Callable[[], float]) -> None:
@@ -7399,7 +7405,14 @@ class Bench:
                     self.row(f"GET /services with {last:,} services", at(took, 0.5), "ms", 12, took)
             for channel in ("publish", "poll"):
                 drive([line], [[request_bytes("POST", f"/msg/{channel}", payload={"n": 1})] * (2 * self.most)])
-            drive([line], [[request_bytes("POST", f"/locks/held{number}", ttl=86_400_000) for number in range(self.most)]])
+            self.hold(line, "POST /locks/held{}", self.most, ttl=86_400_000)
+            self.hold(line, "POST /agents/agent{}/heartbeat", self.most // 5)
+            self.hold(line, "POST /msg/channel{}", 2 * self.most, payload=1)
+
+    @staticmethod
+    def hold(line: socket.socket, route: str, count: int, **fields: Any) -> None:
+        """The same request for so many names."""
+        drive([line], [[request_bytes(*route.format(number).split(" "), **fields) for number in range(count)]])
 
     def timed_fetch(self, line: socket.socket, target: str) -> float:
         began = time.perf_counter()
@@ -7410,19 +7423,25 @@ class Bench:
         """The same operations in a daemon that holds little and in one that holds much, in turn."""
         small, full = (self.line(self.start(home)[1]) for home in ("small", "full"))
         drive([small], [[request_bytes("POST", "/claim", id=f"small:{number}") for number in range(10)]])
-        drive([small], [[request_bytes("POST", f"/locks/held{number}", ttl=86_400_000) for number in range(10)]])
+        self.hold(small, "POST /locks/held{}", 10, ttl=86_400_000)
+        self.hold(small, "POST /agents/agent{}/heartbeat", 10)
+        self.hold(small, "POST /msg/channel{}", 10, payload=1)
         publish = request_bytes("POST", "/msg/publish", payload={"n": 1})
         refill = [request_bytes("DELETE", "/msg/publish"), *[publish] * 100]
         drive([small], [[request_bytes("POST", "/msg/poll", payload={"n": 1})] * 100])
         claims = [request_bytes("POST", "/claim", id="known")] * 100
         kinds: tuple[tuple[str, int, int, Callable[[int], list[bytes]]], ...] = (
-            ("claim of a known identity", 10, self.most, lambda number: claims),
-            ("claim of a new identity", 10, self.most, lambda number: [
+            ("claim of a known identity, {} services", 10, self.most, lambda number: claims),
+            ("claim of a new identity, {} services", 10, self.most, lambda number: [
                 request_bytes("POST", "/claim", id=f"new:{number}:{place}") for place in range(40)]),
-            ("publish", 100, 2 * self.most, lambda number: [publish] * 100),
-            ("poll of a worker", 100, 2 * self.most, lambda number: [
+            ("publish, {} messages kept", 100, 2 * self.most, lambda number: [publish] * 100),
+            ("poll of a worker, {} messages kept", 100, 2 * self.most, lambda number: [
                 request_bytes("GET", f"/msg/poll/poll?timeout=0&group=g{number}")] * 100),
-            ("lock, unlock: each", 10, self.most, lambda number: lock_cycle("bench") * 50))
+            ("lock, unlock: each, {} locks held", 10, self.most, lambda number: lock_cycle("bench") * 50),
+            ("publish, {} channels", 10, 2 * self.most, lambda number: [
+                request_bytes("POST", f"/msg/channel{place % 10}", payload=1) for place in range(100)]),
+            ("heartbeat, {} agents", 10, self.most // 5, lambda number: [
+                request_bytes("POST", f"/agents/agent{place % 10}/heartbeat") for place in range(100)]))
         for name, few, many, requests in kinds:
             took: list[list[float]] = [[], []]
             for number in range(self.rounds):
@@ -7430,8 +7449,14 @@ class Bench:
                 for place, line in enumerate((small, full)):
                     took[place].extend(drive([line], [requests(number)]))
                     drive([line], [[request_bytes("DELETE", "/release", id="new:*")]])
-            self.row(f"{name}, {few:,} -> {many:,} held", at(took[1], 0.5) / at(took[0], 0.5), "times", 1.5, took[1],
-                     beside=at(took[0], 0.5))
+            self.grown(name.format(f"{few:,} -> {many:,}"), *took)
+        health, crowd = [[request_bytes("GET", "/health")] * 500], 1_000 // self.scale
+        alone = drive([small], health)
+        others = [self.line(small.getpeername()[1]) for _ in range(crowd)]
+        self.grown(f"GET /health, 1 -> {len(others) + 1:,} connections", alone, drive([small], health))
+
+    def grown(self, name: str, few: Sequence[float], many: Sequence[float]) -> None:
+        self.row(name, at(many, 0.5) / at(few, 0.5), "times", 1.5, many, beside=at(few, 0.5))
 
 
 def memory(pid: int) -> Optional[float]:
@@ -8692,7 +8717,6 @@ def overview(known: Mapping[str, Command], only: str = "") -> str:
 def parse(argv: Sequence[str], known: Mapping[str, Command]) -> tuple[Command, argparse.Namespace]:
     """The command that the words name, and its arguments; whatever follows -- is left alone in `words`."""
     import argparse
-    import difflib
     cut = argv.index("--") if "--" in argv else len(argv)
     words, rest = list(argv[:cut]), list(argv[cut + 1:])
     while words and words[0] in ("--json", "-q", "--quiet") or len(words) > 2 and words[0] == "--home":
@@ -8701,7 +8725,7 @@ def parse(argv: Sequence[str], known: Mapping[str, Command]) -> tuple[Command, a
     count = 2 if " ".join(words[:2]) in known else 1
     name = " ".join(words[:count])
     if name not in known:
-        near = difflib.get_close_matches(" ".join(words[:2]), known, 3) or difflib.get_close_matches(name, known, 3)
+        near = nearest(" ".join(words[:2]), known, 3) or nearest(name, known, 3)
         raise PortDaddyError("BAD_VALUE", f"there is no command {name!r}; "
                              f"{'did you mean ' + ', '.join(near) + '?' if near else 'pd help lists them'}")
 
@@ -8709,13 +8733,15 @@ def parse(argv: Sequence[str], known: Mapping[str, Command]) -> tuple[Command, a
         def error(self, message: str) -> NoReturn:
             unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
             flags = [flag for action in self._actions for flag in action.option_strings]
-            near = [match for one in unknown for match in difflib.get_close_matches(one, flags, 1)]
+            near = [match for one in unknown for match in nearest(one, flags)]
             hint = f"did you mean {near[0]}?" if near else f"for example: {chosen.example}"
             raise PortDaddyError("BAD_VALUE", f"{name}: {message}; {hint} (pd {name} --help)")
 
     chosen = known[name]
     wraps = name in ("with-lock", "run", "work")
-    parser = Parser(prog=f"pd {name}", description=chosen.summary, epilog=f"example: {chosen.example}", allow_abbrev=False)
+    shape = functools.partial(argparse.HelpFormatter, width=min(terminal_width(), 100) - 2)  # not to be asked at each flag
+    parser = Parser(prog=f"pd {name}", description=chosen.summary, epilog=f"example: {chosen.example}", allow_abbrev=False,
+                    formatter_class=shape)
     for add in chosen.arguments:
         add(parser)
     parser.add_argument("--json", action="store_true", help="the reply as JSON")
