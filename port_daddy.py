@@ -1237,14 +1237,12 @@ def message_append(tx: Transaction, channel: str, payload: Any, sender: Optional
     tx.run("INSERT INTO MESSAGES VALUES (?, ?, ?, ?, ?, ?, ?)", number, channel, text, sender, tx.now.wall,
            tx.lasts(ttl), ttl)
     size = len(text.encode())
-    fits = tx.run("UPDATE CHANNELS SET count = count + 1, bytes = bytes + ?1, last = ?2 WHERE name = ?3 AND count < ?4 AND "
-                  "bytes + ?1 <= ?5", size, number, channel, KEEP_MESSAGES, KEEP_BYTES)
-    if not fits:  # a new channel, or a full one
-        tx.run("INSERT INTO CHANNELS VALUES (?, 1, ?, ?, 0) ON CONFLICT (name) DO UPDATE SET count = count + 1, "
-               "bytes = bytes + excluded.bytes, last = excluded.last", channel, size, number)
-    while not fits and tx.value("SELECT count > ? OR bytes > ? FROM CHANNELS WHERE name = ?", KEEP_MESSAGES, KEEP_BYTES,
-                                channel):
-        rows = tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ?2 AND id < ?3 AND {UNWANTED} ORDER BY id LIMIT 1",
+    while not tx.run("UPDATE CHANNELS SET count = count + 1, bytes = bytes + ?1, last = ?2 WHERE name = ?3 AND count < ?4 "
+                     "AND bytes + ?1 <= ?5", size, number, channel, KEEP_MESSAGES, KEEP_BYTES):
+        if tx.run("INSERT OR IGNORE INTO CHANNELS VALUES (?, 1, ?, ?, 0)", channel, size, number):
+            break
+        rows = tx.rows(f"SELECT {SIZE} FROM MESSAGES WHERE channel = ?2 AND id < ?3 AND {UNWANTED} ORDER BY id LIMIT "
+                       "(SELECT 1 + count / 1000 FROM CHANNELS WHERE name = ?2)",  # of many a few: room for the next
                        tx.now.awake - DAY, channel, number)
         if not rows:
             slowest = tx.value(
@@ -2897,12 +2895,18 @@ def need(db: Sql, table: str, id: str, words: str) -> Any:
 
 # --- services ---------------------------------------------------------------------------------------------------------
 
-def service_view(row: Any, now: Now) -> Reply:
-    endpoints = from_json(row["endpoints"])
-    return {"id": row["id"], "port": row["port"], "pid": row["pid"], "agentId": row["agent"], "status": row["status"],
-            "cmd": row["cmd"], "cwd": row["cwd"], "createdAt": row["created"], "lastSeen": row["seen"],
-            "expiresAt": wall(now, row["expires"]), "health": row["health"], "pairedWith": row["pair"],
-            "endpoints": endpoints, "urls": endpoints, "metadata": from_json(row["metadata"])}
+def service_views(daemon: Daemon, condition: str, *values: Any) -> list[Reply]:
+    """The services that fit, as they are shown. SQL gives the names, since there may be a thousand rows."""
+    now, rows = daemon.now(), daemon.store.rows(
+        "SELECT id, port, pid, agent AS agentId, status, cmd, cwd, created AS createdAt, seen AS lastSeen, expires AS "
+        "expiresAt, health, pair AS pairedWith, endpoints, metadata FROM SERVICES WHERE " + condition, *values)
+    names, views = rows[0].keys() if rows else [], []
+    for row in rows:
+        view = dict(zip(names, row))
+        view["endpoints"] = view["urls"] = from_json(view["endpoints"])
+        view["expiresAt"], view["metadata"] = wall(now, view["expiresAt"]), from_json(view["metadata"])
+        views.append(view)
+    return views
 
 
 def health_view(row: Any) -> Reply:
@@ -3076,12 +3080,10 @@ def remove_service(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
 def list_services(daemon: Daemon, asker: Asker, pattern: ServicePattern = "*", status: Optional[Status] = None,
                   port: Optional[Port] = None, expired: Optional[Bool] = None, limit: Optional[Rows] = None) -> Reply:
     """List the services that a pattern covers."""
-    now = daemon.now()
-    rows = daemon.store.rows(
-        "SELECT * FROM SERVICES WHERE id GLOB ? AND (? IS NULL OR status = ?) AND (? IS NULL OR port = ?) AND "
-        "(? IS NULL OR (expires IS NOT NULL AND expires <= ?) = ?) ORDER BY id LIMIT ?",
-        pattern, status, status, port, port, expired, now.awake, expired, limit or -1)
-    return listing("services", [service_view(row, now) for row in rows])
+    return listing("services", service_views(
+        daemon, "id GLOB ? AND (? IS NULL OR status = ?) AND (? IS NULL OR port = ?) AND (? IS NULL OR (expires IS NOT "
+        "NULL AND expires <= ?) = ?) ORDER BY id LIMIT ?",
+        pattern, status, status, port, port, expired, daemon.now().awake, expired, limit or -1))
 
 
 @operation("GET /services/health", shows="services: id healthy status latency checkedAt error", quiet="id")
@@ -3105,7 +3107,7 @@ def service_health(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
 @operation("GET /services/{id}", errors="NOT_FOUND")
 def get_service(daemon: Daemon, asker: Asker, id: Identity) -> Reply:
     """Everything about one service."""
-    service = service_view(need_service(daemon.store, id), daemon.now())
+    service = next(iter(service_views(daemon, "id = ?", id)), None) or need_service(daemon.store, id)
     return ok(**service, service=service)
 
 
@@ -3171,10 +3173,8 @@ def wait_for_services(daemon: Daemon, asker: Asker, services: IdentityList, time
         rows = {identity: service_row(daemon.store, identity) for identity in waiting}
         states = [f"{identity} ({row['status'] if row else 'never claimed'})" for identity, row in rows.items()]
         raise PortDaddyError("TIMED_OUT", f"not up after {span(timeout)}: {', '.join(states)}", waitingFor=waiting)
-    now = daemon.now()
-    found = [service_row(daemon.store, identity) for identity in services]
-    return ok(services=[service_view(row, now) for row in found if row], healthy=True,
-              message=f"{', '.join(services)}: up")
+    found = [view for identity in services for view in service_views(daemon, "id = ?", identity)]
+    return ok(services=found, healthy=True, message=f"{', '.join(services)}: up")
 
 
 @operation("GET /wait/{id}", errors="TIMED_OUT")
@@ -7169,15 +7169,19 @@ def drive_anew(port: int, request: bytes, seconds: float) -> list[float]:
     return took
 
 
-def fetch(line: socket.socket, method: str, target: str, **fields: Any) -> Reply:
-    """One request, and the whole of its reply."""
+def fetch_body(line: socket.socket, method: str, target: str, **fields: Any) -> bytes:
+    """One request, and the whole body of its reply."""
     line.sendall(request_bytes(method, target, **fields))
     head, _, body = line.recv(65536).partition(b"\r\n\r\n")
     size = int(head.lower().partition(b"content-length:")[2].split()[0])
     parts = [body]
     while sum(map(len, parts)) < size:
         parts.append(line.recv(1 << 20))
-    return json.loads(b"".join(parts))  # type: ignore[no-any-return]
+    return b"".join(parts)
+
+
+def fetch(line: socket.socket, method: str, target: str, **fields: Any) -> Reply:
+    return json.loads(fetch_body(line, method, target, **fields))  # type: ignore[no-any-return]
 
 
 class Bench:
@@ -7416,7 +7420,7 @@ class Bench:
 
     def timed_fetch(self, line: socket.socket, target: str) -> float:
         began = time.perf_counter()
-        fetch(line, "GET", target)
+        fetch_body(line, "GET", target)
         return time.perf_counter() - began
 
     def growth(self) -> None:
@@ -7450,10 +7454,10 @@ class Bench:
                     took[place].extend(drive([line], [requests(number)]))
                     drive([line], [[request_bytes("DELETE", "/release", id="new:*")]])
             self.grown(name.format(f"{few:,} -> {many:,}"), *took)
-        health, crowd = [[request_bytes("GET", "/health")] * 500], 1_000 // self.scale
-        alone = drive([small], health)
-        others = [self.line(small.getpeername()[1]) for _ in range(crowd)]
-        self.grown(f"GET /health, 1 -> {len(others) + 1:,} connections", alone, drive([small], health))
+        health, others = request_bytes("GET", "/health"), 1_000 // self.scale
+        alone = drive([small], [[health] * 500])
+        drive([self.line(small.getpeername()[1]) for _ in range(others)], [[health]] * others)  # each has its thread now
+        self.grown(f"GET /health, 1 -> {others + 1:,} connections", alone, drive([small], [[health] * 500]))
 
     def grown(self, name: str, few: Sequence[float], many: Sequence[float]) -> None:
         self.row(name, at(many, 0.5) / at(few, 0.5), "times", 1.5, many, beside=at(few, 0.5))
