@@ -5001,7 +5001,7 @@ def test_a_name_is_looked_up_once_and_where_it_led_is_called(server, receiver, m
     answers, real = [("127.0.0.1", receiver.port), ("169.254.169.254", 80)], socket.getaddrinfo
 
     def look_up(host, port, *args, **options):
-        if host != "rebind.example":
+        if host != b"rebind.example":
             return real(host, port, *args, **options)
         address = answers.pop(0) if len(answers) > 1 else answers[0]
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)]
