@@ -3591,7 +3591,8 @@ def own_lock(tx: Transaction, asker: Asker, name: str, owner: Optional[str], tok
         if row:
             return row
         raise LockLost("LOCK_LOST", f"token {token} is no longer one of lock {name}: its lease ended"
-                       f"{' and somebody else holds it' if rows else ''}; stop, and take it again",
+                       f"{' and ' + (rows[0]['owner'] or 'somebody else') + ' holds it' if rows else ''}; stop, and take "
+                       "it again",
                        holder=rows[0]["owner"] if rows else None)
     if row and row["seats"] > 1:
         raise PortDaddyError("BAD_VALUE", f"lock {name} has room for {row['seats']} holders: say by its token which one is "
@@ -8729,6 +8730,7 @@ def parse(argv: Sequence[str], known: Mapping[str, Command]) -> tuple[Command, a
     count = 2 if " ".join(words[:2]) in known else 1
     name = " ".join(words[:count])
     if name not in known:
+        name = " ".join(words[:2]) if any(one.startswith(f"{name} ") for one in known) else name
         near = nearest(" ".join(words[:2]), known, 3) or nearest(name, known, 3)
         raise PortDaddyError("BAD_VALUE", f"there is no command {name!r}; "
                              f"{'did you mean ' + ', '.join(near) + '?' if near else 'pd help lists them'}")

@@ -7608,6 +7608,14 @@ def test_what_is_wrong_is_named_as_it_is_typed(cli):
         assert done.returncode == 2 and f"{name} " in done.stderr and '"30s"' not in done.stderr, done
 
 
+def test_a_command_that_is_none_is_named_as_far_as_it_is_one(cli):
+    for words, said in ((["daemon", "frob"], "no command 'daemon frob'; did you mean daemon "),
+                        (["daemon", "stap"], "did you mean daemon stop"), (["frob"], "no command 'frob'"),
+                        (["clam", "x"], "no command 'clam'; did you mean claim?")):
+        done = cli(*words)
+        assert done.returncode == 2 and said in done.stderr, done
+
+
 def test_a_closed_stream_changes_no_status(cli):
     for words, status in (("poll x --timeout 5ms 2>&-", 5), ("find >&-", 0), ("with-lock y --wait 1s -- true 2>&-", 0)):
         done = subprocess.run(["sh", "-c", f'"{sys.executable}" "{MODULE}" {words}'], env=cli.environment, timeout=40,
