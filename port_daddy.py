@@ -9307,7 +9307,7 @@ function state(kind, text) {
 }
 
 function all() {
-  Object.values(LISTS).filter(one => one.load).forEach(soon);
+  Object.values(LISTS).filter(one => one.load && one !== LISTS.events).forEach(soon);  // events come by the stream
   get("/health").then(({status, version, pid, uptime_seconds, error}) => {
     $("about").textContent = `${version}, pid ${pid}, up ${span(1000 * uptime_seconds)}`;
     $("trouble").hidden = status === "ok";
