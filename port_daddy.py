@@ -5806,7 +5806,7 @@ class Project(NamedTuple):
     kind: str = "dev"  # or run, which has no file
 
     @property
-    def lock(self) -> str:
+    def handle(self) -> str:
         """The name of its lock, its agent and its channel: one dev at a time for a project and context."""
         name = f"{self.kind}:{self.name}:{self.context}".rstrip(":")
         return name if len(name) <= 100 else f"{name[:91]}:{zlib.crc32(name.encode()):08x}"
@@ -5974,7 +5974,7 @@ class Child:
         self.service, self.port = service, port
         self.state = "waiting"
         self.process: Optional[subprocess.Popen[bytes]] = None
-        self.run = 0  # counts the starts: a report about an earlier one is void
+        self.starts = 0  # how often: a report about an earlier one is void
         self.began = self.ended = self.due = 0.0  # monotonic; `due` is when something must happen: a deadline, a restart
         self.restarts, self.retried = 0, False
         self.status: Optional[int] = None
@@ -5990,7 +5990,7 @@ class Child:
         """Whether a need for this service is fulfilled."""
         if condition == "completed":
             return self.state == "completed"
-        if condition == "started" and self.run:
+        if condition == "started" and self.starts:
             return True
         return self.state in ("healthy", "detached", "completed")
 
@@ -6000,20 +6000,21 @@ class Prober:
 
     def __init__(self, child: Child, environ: Mapping[str, str], report: Callable[..., None],
                  check: Callable[[str, Mapping[str, str], str], tuple[int, str]]) -> None:
-        self.child, self.run, self.environ, self.report, self.check = child, child.run, environ, report, check
+        self.child, self.starts, self.environ, self.report, self.check = child, child.starts, environ, report, check
         self.connect_only = False  # what listens does not speak HTTP: from now on it is only connected to
         self.silent_since: Optional[float] = None
 
     def loop(self) -> None:
         child, began = self.child, since_boot()
-        while child.run == self.run and child.state not in ("completed", "detached", "failed", "stopped", "restarting"):
+        over = ("completed", "detached", "failed", "stopped", "restarting")
+        while child.starts == self.starts and child.state not in over:
             asked, warning, error = time.monotonic(), None, None
             try:
                 self.refuse_stranger(began)
                 warning = self.probe()
             except PortDaddyError as problem:
                 error = str(problem)
-            self.report("probe", child, self.run, error, round((time.monotonic() - asked) * 1000), warning)
+            self.report("probe", child, self.starts, error, round((time.monotonic() - asked) * 1000), warning)
             time.sleep(PROBE_STARTING if error else PROBE_RUNNING)
 
     def refuse_stranger(self, began: int) -> None:
@@ -6386,11 +6387,11 @@ class Supervisor:
 
     def start(self, child: Child) -> None:
         service, now = child.service, time.monotonic()
-        child.run += 1
+        child.starts += 1
         child.state, child.began, child.ended, child.due = "starting", now, 0.0, now + service.health_timeout
         child.matched, child.error, child.status = False, None, None
         if service.remote:
-            return self.on_probe(child, child.run, None, 0, None)
+            return self.on_probe(child, child.starts, None, 0, None)
         try:
             if child.port is not None and not port_free(child.port, reuse=True):
                 self.make_way(child)
@@ -6403,8 +6404,8 @@ class Supervisor:
         child_go(process)
         self.output.add(child, process)
         prober = Prober(child, environ, lambda *facts: self.events.put(facts), self.check)
-        run = child.run
-        ended = functools.partial(await_exit, process, lambda status: self.events.put(("exit", child, run, status)))
+        starts = child.starts
+        ended = functools.partial(await_exit, process, lambda status: self.events.put(("exit", child, starts, status)))
         threads: list[Callable[[], None]] = [prober.loop, ended]
         for target in threads + [functools.partial(child_feed, process)] * self.plain:
             threading.Thread(target=target, name=service.name, daemon=True).start()
@@ -6443,8 +6444,8 @@ class Supervisor:
             child.matched = True
         self.screen.line(child, stream, text)
 
-    def on_probe(self, child: Child, run: int, error: Optional[str], latency: int, warning: Optional[str]) -> None:
-        if run != child.run or child.state not in ("starting", "healthy", "unhealthy"):
+    def on_probe(self, child: Child, starts: int, error: Optional[str], latency: int, warning: Optional[str]) -> None:
+        if starts != child.starts or child.state not in ("starting", "healthy", "unhealthy"):
             return
         before, child.error = child.state, error
         if warning:
@@ -6459,8 +6460,8 @@ class Supervisor:
         if child.state != before:
             self.screen.changed(child)
 
-    def on_exit(self, child: Child, run: int, status: int) -> None:
-        if run != child.run or child.state in ("stopped", "failed"):
+    def on_exit(self, child: Child, starts: int, status: int) -> None:
+        if starts != child.starts or child.state in ("stopped", "failed"):
             return
         child.status, calm = status, time.monotonic() - child.began > CALM_AFTER
         if child.process and not group_members(child.process.pid):  # an empty group's number may become another's
@@ -6537,7 +6538,7 @@ class Supervisor:
         cursor = self.cursor
         while not self.ending:
             try:
-                reply = self.pd.poll(self.project.lock, after=cursor, timeout=20_000)
+                reply = self.pd.poll(self.project.handle, after=cursor, timeout=20_000)
             except PortDaddyError:
                 time.sleep(0.5)
                 continue
@@ -6563,7 +6564,7 @@ class Supervisor:
     def answer(self, numbers: Sequence[int], done: bool, words: str) -> None:
         for number in numbers:
             said = {"answers": number, "done": done, "said": words}
-            self.reporter.tell(functools.partial(self.pd.publish, self.project.lock, said, expires=60_000))
+            self.reporter.tell(functools.partial(self.pd.publish, self.project.handle, said, expires=60_000))
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
@@ -6586,7 +6587,7 @@ class Supervisor:
         import signal
         left = {child: child.process.pid for child in children if child.process}
         for child, group in left.items():
-            child.run += 1  # whatever is reported from now on is of the past
+            child.starts += 1  # whatever is reported from now on is of the past
             if child.state not in ("failed", "completed", "detached"):
                 child.state = "stopped"
             group_signal(group, child.service.stop_signal)
@@ -6606,7 +6607,7 @@ class Supervisor:
                                          f"{span(child.service.stop_timeout * 1000)} and is killed")
             time.sleep(0.02 if left else 0)
         for child in children:
-            if child.run and child.port in listeners():
+            if child.starts and child.port in listeners():
                 self.screen.note(f"pd: {child.service.name} has left its process group and is out of reach: "
                                  f"{port_holder(child.port or 0)[1]} goes on listening on port {child.port}")
 
@@ -6614,22 +6615,22 @@ class Supervisor:
 def supervise(project: Project, pd: PortDaddy, keep_going: bool = False, health: bool = True,
               plain: bool = False) -> int:
     """Be the one supervisor of a project, as an agent that the daemon knows, until it ends."""
-    pd.agent_id, pd.timeout = project.lock, 10_000
-    cursor = pd.get_messages(project.lock, limit=1)["lastId"]  # who sees the lock may ask at once, and is heard
-    held = pd.with_lock(project.lock, ttl=60_000, wait=1_500, pid=os.getpid())
+    pd.agent_id, pd.timeout = project.handle, 10_000
+    cursor = pd.get_messages(project.handle, limit=1)["lastId"]  # who sees the lock may ask at once, and is heard
+    held = pd.with_lock(project.handle, ttl=60_000, wait=1_500, pid=os.getpid())
     try:
         held.__enter__()
     except PortDaddyError as problem:
         if problem.code != "LOCK_HELD":
             raise
-        pid = pd.check_lock(project.lock)["pid"]
+        pid = pd.check_lock(project.handle)["pid"]
         which = f" ({project.context})" if project.context else ""
         end = f"`kill {pid}`" if project.kind == "run" else "`pd down`"
         raise PortDaddyError("ALREADY_RUNNING", f"{project.name}{which} is run by pid {pid} already; see what it does with "
                              f"`pd logs -f`, end it with {end}, or give this one another name or --context",
                              pid=pid) from None
     try:
-        pd.register(project.lock, type="dev", pid=os.getpid())
+        pd.register(project.handle, type="dev", pid=os.getpid())
         with pd.start_heartbeat(30_000):
             pd.autostart = False  # who stops the daemon meanwhile means it
             status = Supervisor(project, pd, cursor, keep_going, health, plain).run()
@@ -8237,13 +8238,13 @@ def dev(options: argparse.Namespace) -> int:
 def ask_dev(project: Project, options: argparse.Namespace, what: Reply, timeout: float) -> tuple[PortDaddy, str]:
     """Ask the running `dev` of a project for something, and wait for its answer."""
     client = new_client(options)
-    if not client.check_lock(project.lock)["held"]:
+    if not client.check_lock(project.handle)["held"]:
         raise PortDaddyError("NOT_FOUND", f"no dev runs {project.name} ({project.context or 'no context'}); start it with "
                              "`pd dev`")
-    cursor = number = client.publish(project.lock, what, expires=60_000)["id"]
+    cursor = number = client.publish(project.handle, what, expires=60_000)["id"]
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        reply = client.poll(project.lock, after=cursor, timeout=5_000)
+        reply = client.poll(project.handle, after=cursor, timeout=5_000)
         cursor, payload = reply["lastId"], (reply["message"] or {}).get("payload")
         if isinstance(payload, dict) and payload.get("answers") == number:
             if not payload.get("done"):
@@ -8259,7 +8260,7 @@ def down(options: argparse.Namespace) -> int:
     slowest = sum(service.stop_timeout + 5 for service in project.services.values())
     client, said = ask_dev(project, options, {"do": "down"}, 30)
     deadline = time.monotonic() + slowest + 10
-    while client.check_lock(project.lock)["held"]:
+    while client.check_lock(project.handle)["held"]:
         if time.monotonic() > deadline:
             raise PortDaddyError("TIMED_OUT", f"{project.name} is still {said}")
         time.sleep(0.05)
