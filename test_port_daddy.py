@@ -3548,14 +3548,14 @@ def test_a_full_channel_drops_nothing_that_workers_have_yet_to_do(wire, monkeypa
 
 def test_a_full_channel_names_the_group_that_it_waits_for(wire, monkeypatch):
     monkeypatch.setattr(port_daddy, "KEEP_MESSAGES", 3)
-    for group in ("done", "dead"):
+    for group in ("a-done", "b-dead"):
         take(wire, group=group)
     for number in range(3):
         wire.post("/msg/tasks", {"payload": number})
     for _ in range(3):
-        give(wire, "nack", take(wire, group="dead", maxAttempts=1), group="dead")
-        wire.get("/msg/tasks/poll?timeout=0&group=done")
-    assert wire.post("/msg/tasks", {"payload": 3})["group"] == "dead"
+        give(wire, "nack", take(wire, group="b-dead", maxAttempts=1), group="b-dead")
+        wire.get("/msg/tasks/poll?timeout=0&group=a-done")
+    assert wire.post("/msg/tasks", {"payload": 3})["group"] == "b-dead"
 
 
 def test_a_bare_group_is_waited_for_too_and_a_channel_without_workers_is_a_ring(wire, monkeypatch):
@@ -6677,10 +6677,12 @@ def test_dev_goes_on_while_its_daemon_is_away_and_is_known_to_the_next(tough_sta
 
 
 def test_dev_can_be_ended_while_no_daemon_runs(tough_stack, spawned):
-    tough_stack.write({"api": {"cmd": serves()}})
+    tough_stack.write({"api": {"cmd": f"{serves()} & while sleep 0.05; do echo more; done"}})
     dev = tough_stack.dev()
     tough_stack.up("api")
     spawned.kill()
+    seen = len(dev.out)
+    eventually(lambda: len(dev.out) > seen + 2)  # lines that nobody can be told
     began = time.monotonic()
     assert dev.signal().status() == 130
     assert time.monotonic() - began < 8 and "Traceback" not in "\n".join(dev.err)
