@@ -1641,6 +1641,11 @@ def on_terminal(stream: Any) -> bool:
     return bool(stream) and stream.isatty()
 
 
+def in_color() -> bool:
+    """Whether stdout may be coloured (https://no-color.org)."""
+    return on_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+
+
 def terminal_width() -> int:
     """How much of a line is seen; a file takes everything, and a terminal may not know its size."""
     return (os.get_terminal_size().columns or 80) if on_terminal(sys.stdout) else 10 ** 9
@@ -3381,29 +3386,43 @@ def begin_stream(daemon: Daemon, asker: Asker, after: Optional[int], **facts: An
     return cursor, opening
 
 
-@operation("GET /msg/{channel}/subscribe")
-def subscribe(daemon: Daemon, asker: Asker, channel: ChannelPattern, after: Optional[Cursor] = None) -> Stream:
-    """Follow a channel, or all that a pattern covers, as Server-Sent Events; Last-Event-ID resumes exactly."""
-    cursor, opening = begin_stream(daemon, asker, after, channel=channel)
+def follow_log(daemon: Daemon, asker: Asker, topics: Sequence[str], cursor: int, opening: bytes,
+               rows: Callable[[int], list[Any]], dropped: Callable[[], int], show: Callable[[Any], bytes],
+               sieved: bool = False) -> Stream:
+    """A stream of the rows behind a cursor, and of the gaps where some were dropped before they were read. In a log that is
+    `sieved`, what was not asked for has been read as well: when it goes, nothing is lost."""
     told = 0  # the highest dropped id that this reader has been told of
 
     def read() -> list[bytes]:
         nonlocal cursor, told
-        daemon.sweep_messages()
-        rows = message_list(daemon.store, channel, cursor, 100)
-        dropped, parts = channel_dropped(daemon.store, channel), []  # after the rows, so that no loss stays untold
-        if dropped > max(cursor, told):
-            parts.append(sse("gap", {"from": cursor, "to": dropped}))
-            told = dropped
-        for row in rows:
+        current, found, parts = daemon.store.ids.value, rows(cursor), []
+        lost = dropped()  # after the rows, so that no loss stays untold
+        if lost > max(cursor, told):
+            parts.append(sse("gap", {"from": cursor, "to": lost}))
+            told = lost
+        for row in found:
             cursor = row["id"]
-            parts.append(sse("message", message_view(row), cursor))
+            parts.append(show(row))
             if sum(map(len, parts)) > MAX_BODY:
                 break  # the rest with the next look
+        if sieved and not found:
+            cursor = max(cursor, current)
         return parts
 
+    return follow_topics(daemon, asker, topics, opening, read)
+
+
+@operation("GET /msg/{channel}/subscribe")
+def subscribe(daemon: Daemon, asker: Asker, channel: ChannelPattern, after: Optional[Cursor] = None) -> Stream:
+    """Follow a channel, or all that a pattern covers, as Server-Sent Events; Last-Event-ID resumes exactly."""
+    def rows(cursor: int) -> list[Any]:
+        daemon.sweep_messages()
+        return message_list(daemon.store, channel, cursor, 100)
+
+    cursor, opening = begin_stream(daemon, asker, after, channel=channel)
     topic = "channel:*" if "*" in channel else f"channel:{channel}"
-    return follow_topics(daemon, asker, [topic], opening, read)
+    return follow_log(daemon, asker, [topic], cursor, opening, rows, lambda: channel_dropped(daemon.store, channel),
+                      lambda row: sse("message", message_view(row), row["id"]))
 
 
 def need_task(tx: Transaction, channel: str, team: str, receipt: str) -> Any:
@@ -3898,20 +3917,15 @@ def get_activity(daemon: Daemon, asker: Asker, limit: Count = 100, type: Optiona
 @operation("GET /events")
 def events(daemon: Daemon, asker: Asker, type: Optional[EventPattern] = None, after: Optional[Cursor] = None) -> Stream:
     """Follow what happens as Server-Sent Events; Last-Event-ID resumes exactly."""
-    cursor, opening = begin_stream(daemon, asker, after)
-    messages, told = asks_for_messages(type), 0
+    store, messages = daemon.store, asks_for_messages(type)
 
-    def read() -> list[bytes]:
-        nonlocal cursor, told
-        current, rows = daemon.store.ids.value, event_list(daemon.store, type, after=cursor)
-        lost = max(daemon.store.value("SELECT value FROM META WHERE key = 'forgotten'"),
-                   channel_dropped(daemon.store, "*") if messages else 0)
-        parts = [sse("gap", {"from": cursor, "to": lost})] if lost > max(cursor, told) else []
-        told = max(told, lost)
-        cursor = rows[-1]["id"] if rows else max(cursor, current)
-        return parts + [sse(row["kind"], event_view(row), row["id"]) for row in rows]
+    def dropped() -> int:
+        return max(int(store.value("SELECT value FROM META WHERE key = 'forgotten'")),
+                   channel_dropped(store, "*") if messages else 0)
 
-    return follow_topics(daemon, asker, ["events", "channel:*"] if messages else ["events"], opening, read)
+    return follow_log(daemon, asker, ["events", "channel:*"] if messages else ["events"],
+                      *begin_stream(daemon, asker, after), lambda cursor: event_list(store, type, after=cursor), dropped,
+                      lambda row: sse(row["kind"], event_view(row), row["id"]), sieved=True)
 
 
 def uptime(daemon: Daemon) -> int:
@@ -4505,7 +4519,7 @@ class Connection:
             self.bodiless = head.startswith(b"HEAD ")
             request = self.server.let_in(head)
             self.granted = request.granted
-            body = self.read_body(request) if request.length != 0 else b""
+            body = self.read_body(request)
             self.close_after = request.last or self.server.stopping
             asker = HttpAsker(self, request)
             status, extra = 200, ""
@@ -4565,6 +4579,8 @@ class Connection:
 
     def read_body(self, request: Request) -> bytes:
         length = request.length
+        if length == 0:
+            return b""
         deadline = time.monotonic() + BODY_TIMEOUT
         if (length is None or length > len(self.buffer)) and request.version == 1 and (
                 request.headers.get("expect", "").lower() == "100-continue"):
@@ -4642,8 +4658,8 @@ class Connection:
             if policy:
                 extra += f"Content-Security-Policy: {policy}\r\n"
             about = PREFLIGHT if status == 204 else f"Content-Type: {media}\r\nContent-Length: {len(body)}\r\n"
-            head = f"HTTP/1.1 {status} {REASONS[status]}\r\n{self.server.signature}{about}{self.granted}{extra}\r\n"
-            self.socket.sendall(head.encode() if self.bodiless else head.encode() + body)
+            head = self.server.head(status, f"{about}{self.granted}{extra}").encode()
+            self.socket.sendall(head if self.bodiless else head + body)
         except BaseException:
             if asker and asker.undo:
                 with contextlib.suppress(PortDaddyError):
@@ -4664,8 +4680,8 @@ class Connection:
     def send_stream(self, stream: Stream) -> bool:
         """An event stream ends with its connection, ours or theirs; a reader that takes nothing for 10 s is dropped."""
         self.close_after = self.streaming = True
-        self.socket.sendall(f"HTTP/1.1 200 OK\r\n{self.server.signature}Content-Type: text/event-stream\r\n"
-                            f"{self.granted}Connection: close\r\n\r\n".encode())
+        self.socket.sendall(self.server.head(
+            200, f"Content-Type: text/event-stream\r\n{self.granted}Connection: close\r\n").encode())
         with contextlib.closing(stream), contextlib.suppress(PortDaddyError):  # we are stopping; the reader comes back
             for part in stream:
                 for start in range(0, len(part), 65536):
@@ -4685,6 +4701,10 @@ class Server:
         # Clients that keep their connection mostly send the same head again, and what it says depends on nothing else.
         self.let_in = functools.lru_cache(64)(self._let_in)
         self.undo = contextlib.ExitStack()
+
+    def head(self, status: int, headers: str) -> str:
+        """The head of an answer, from its status to the blank line; each header ends with CR LF."""
+        return f"HTTP/1.1 {status} {REASONS[status]}\r\n{self.signature}{headers}\r\n"
 
     def _let_in(self, head: bytes) -> Request:
         """What a head asks for, if the gate lets it in."""
@@ -4720,8 +4740,8 @@ class Server:
                               "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
                               "Cross-Origin-Resource-Policy: same-origin\r\n")
             full = to_json(PortDaddyError("BUSY", "all connections are taken; try again in a second").body)
-            self.full = (f"HTTP/1.1 503 {REASONS[503]}\r\n{self.signature}Retry-After: 1\r\nConnection: close\r\n"
-                         f"Content-Type: application/json\r\nContent-Length: {len(full)}\r\n\r\n{full}").encode()
+            self.full = (self.head(503, "Retry-After: 1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+                                   f"Content-Length: {len(full)}\r\n") + full).encode()
             with daemon.write() as tx:
                 tx.emit("daemon.start", "daemon", version=__version__, port=self.port, pid=os.getpid())
             undo.callback(self.say_stop)
@@ -6183,7 +6203,7 @@ class Screen:
         self._lock = threading.Lock()
         self.children, self.plain = children, plain
         self.live = on_terminal(sys.stdout) and not plain
-        self.color = on_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+        self.color = in_color()
         self.width = max(map(len, children))
         self.paint = {name: self.COLORS[number % len(self.COLORS)] for number, name in enumerate(children)}
         self.block = 0  # how many lines of the block stand on the screen now
@@ -7897,7 +7917,7 @@ def show_table(rows: Sequence[Reply], columns: Sequence[str], name: str) -> None
     room = terminal_width()
     while sum(widths) + 2 * len(widths) > room + 2 and max(widths) > 8:
         widths[widths.index(max(widths))] -= 1  # the longest column gives way first
-    color = on_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+    color = in_color()
     for line in table:
         words = [(word if len(word) <= width else word[:width - 1] + "…").ljust(width) for word, width in zip(line, widths)]
         text = "  ".join(words).rstrip()
@@ -8290,7 +8310,7 @@ def logs(options: argparse.Namespace) -> int:
         known = {name: service.identity for name, service in this_project(options)[1].services.items()}
     chosen = {name: known.get(name, name) for name in options.name or known}
     width, client = max(map(len, chosen)), new_client(options)
-    color = on_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+    color = in_color()
 
     def show_line(name: str, line: Reply) -> bool:
         prefix = f"{name.ljust(width)} │ " if len(chosen) > 1 else ""
